@@ -1,0 +1,2 @@
+from .. import InterpolationMode  # noqa: F401
+from . import functional  # noqa: F401

@@ -1,0 +1,232 @@
+"""The attention backend that SGLang calls: snapshot -> CSR pager -> attention on segments -> merge.
+
+`init_forward_metadata_out_graph` reads SGLang's tables, once per step and nowhere else, and plans the step;
+`forward_decode` and `forward_extend` then run the plan for each layer.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.version import __version__ as sglang_version
+
+from flashcore_sglang import env, ops
+from flashcore_sglang.layout import CsrLayout, CsrPager, describe_status
+from flashcore_sglang.plugin import NAME, triton_runs
+from flashcore_sglang.requirements import LayerFacts, ServingFacts, refusals
+
+logger = logging.getLogger("flashcore_sglang")
+
+
+def facts_of(model_runner: Any) -> ServingFacts:
+    """What decides whether this server can run."""
+    args, pool = model_runner.server_args, model_runner.token_to_kv_pool
+    layers = [m for m in model_runner.model.modules() if isinstance(m, RadixAttention)]
+    return ServingFacts(
+        sglang_version=sglang_version,
+        device=torch.device(model_runner.device).type,
+        page_size=model_runner.page_size,
+        kv_cache_dtype=str(model_runner.kv_cache_dtype).removeprefix("torch."),
+        pool_type=type(pool).__name__,
+        head_major_pool=bool(getattr(pool, "use_hnd", False)),
+        is_mla=model_runner.use_mla_backend,
+        is_encoder_decoder=model_runner.model_config.is_encoder_decoder,
+        is_hybrid_swa=bool(model_runner.is_hybrid_swa),
+        speculative_algorithm=args.speculative_algorithm,
+        deterministic=bool(args.enable_deterministic_inference),
+        sharing=env.sharing(),
+        cuda_graphs=not args.disable_cuda_graph,
+        triton_runs=triton_runs(),
+        layers=tuple(
+            LayerFacts(
+                layer_id=x.layer_id,
+                num_q_heads=x.tp_q_head_num,
+                num_kv_heads=x.tp_k_head_num,
+                attn_type=getattr(x.attn_type, "value", x.attn_type),
+                is_cross_attention=x.is_cross_attention,
+                sliding_window_size=x.sliding_window_size,
+                has_temperature=getattr(x, "xai_temperature_len", -1) > 0,
+            )
+            for x in layers
+        ),
+    )
+
+
+@dataclass
+class Statistics:
+    """Since the last line in the log."""
+
+    steps: int = 0
+    tokens_wanted: int = 0
+    tokens_read: int = 0
+    appended: int = 0
+    pager_seconds: float = 0.0
+    since: float = field(default_factory=time.monotonic)
+
+
+class FlashCoreSparseBackend(AttentionBackend):
+    """``--attention-backend flashcore_sparse``, and ``--decode-attention-backend`` beside another prefill backend.
+
+    Serves decoders with multi-head, grouped-query or multi-query attention, any head dim, KV in float32, bfloat16 or
+    float16, page sizes 1, 16, 32, 64 and 128, chunked prefill, mixed batches and logit caps. What it does not serve
+    is refused here.
+
+    Raises:
+        ValueError: one message with every reason not to serve and its remedy.
+        RuntimeError: the pager cannot be compiled (no compiler).
+    """
+
+    needs_cpu_seq_lens = False
+
+    def __init__(self, model_runner: Any) -> None:
+        super().__init__()
+        facts = facts_of(model_runner)
+        if reasons := refusals(facts):
+            raise ValueError(f"{NAME} cannot serve this configuration:\n" + "\n".join(f"  - {r}" for r in reasons))
+        self.device = model_runner.device
+        self.req_to_token_pool = model_runner.req_to_token_pool
+        self.token_to_kv_pool = model_runner.token_to_kv_pool
+        self.max_context_len = model_runner.model_config.context_len
+        self.page_size = facts.page_size
+        self.num_pages = (self.token_to_kv_pool.size + self.page_size) // self.page_size  # page 0 is SGLang's padding
+        self.forward_metadata: ops.AttentionPlan | None = None
+        self._pager = CsrPager(self.page_size, num_pages=self.num_pages, sharing=facts.sharing)
+        self._log_interval = env.log_interval()
+        self._stats = Statistics()
+        self._reported: set[int] = set()
+        logger.warning(
+            "%s serves on %s with PyTorch attention over CSR segments: page size %d, %d pages, KV %s, prefix sharing %s",
+            NAME,
+            self.device,
+            self.page_size,
+            self.num_pages,
+            facts.kv_cache_dtype,
+            "on" if facts.sharing else "off (FLASHCORE_SHARING=0)",
+        )
+
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+        """Plans the step from a private snapshot of the rows of ``req_to_token`` that it reads."""
+        if forward_batch.forward_mode.is_idle():
+            self.forward_metadata = None
+            return
+        start = time.perf_counter()
+        seq_lens = forward_batch.seq_lens.cpu()
+        decode = forward_batch.forward_mode.is_decode()
+        q_lens = None if decode else forward_batch.extend_seq_lens.cpu()
+        layout = self._page(forward_batch.req_pool_indices, seq_lens)
+        if layout.status[0]:
+            self._report(layout)
+            seq_lens = _readable_lens(layout, seq_lens)
+        self.forward_metadata = ops.plan(layout, seq_lens, q_lens)
+        if decode:
+            self._count(layout, time.perf_counter() - start)
+
+    def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
+        """Nothing: this path plans on the host, outside of graphs."""
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        """Nothing to allocate: this path runs without graphs (``requirements``)."""
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        """Length of padded rows: one token, SGLang's padding slot."""
+        return 1
+
+    def forward_decode(
+        self, q: torch.Tensor, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **kwargs: Any
+    ) -> torch.Tensor:
+        """One query token per request; arguments as in SGLang's ``AttentionBackend.forward_decode``."""
+        return self._forward(q, k, v, layer, forward_batch, save_kv_cache, kwargs)
+
+    def forward_extend(
+        self, q: torch.Tensor, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **kwargs: Any
+    ) -> torch.Tensor:
+        """New tokens of each request over its cached prefix, causal; also mixed batches."""
+        return self._forward(q, k, v, layer, forward_batch, save_kv_cache, kwargs)
+
+    def _forward(
+        self, q: torch.Tensor, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool, kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        assert self.forward_metadata is not None, "forward before init_forward_metadata"
+        if save_kv_cache and k is not None and v is not None:
+            self.token_to_kv_pool.set_kv_buffer(layer, _write_loc(forward_batch), k, v)
+        q = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        # Per layer, every time: HiCache waits for the layer's pages in these accessors.
+        k_cache = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
+        v_cache = self.token_to_kv_pool.get_value_buffer(layer.layer_id)
+        out = ops.attend(
+            q,
+            k_cache,
+            v_cache,
+            self.forward_metadata,
+            scale=layer.scaling,
+            logit_cap=layer.logit_cap or 0.0,
+            sinks=kwargs.get("sinks"),
+        )
+        return out.view(q.shape[0], layer.tp_q_head_num * layer.v_head_dim)
+
+    def _page(self, req_pool_indices: torch.Tensor, seq_lens: torch.Tensor) -> CsrLayout:
+        table = self.req_to_token_pool.req_to_token
+        if table.device.type == "cpu":
+            return self._pager.step(table, req_pool_indices, seq_lens)
+        # One copy of the rows in question; entry 0 of the copy stands for SGLang's padding row.
+        width = int(seq_lens.max()) if seq_lens.numel() else 0
+        rows = torch.cat([table[:1, :width], table[req_pool_indices, :width]]).cpu()
+        index = torch.arange(1, len(rows)) * (req_pool_indices.cpu() != 0)
+        return self._pager.step(rows, index, seq_lens)
+
+    def _report(self, layout: CsrLayout) -> None:
+        """One line per kind of violation: the request reads the padding page there, and the server goes on."""
+        code = layout.status[0]
+        if code not in self._reported:
+            self._reported.add(code)
+            ids, width = f"0 <= slot < {self.num_pages * self.page_size}", self.req_to_token_pool.req_to_token.shape[1]
+            what = describe_status(layout.status, "req_to_token", "seq_lens", "seq_lens", ids, width)
+            logger.error("%s: %s; read as padding, answers of this request are wrong. Please report this.", NAME, what)
+
+    def _count(self, layout: CsrLayout, seconds: float) -> None:
+        stats = self._stats
+        stats.steps += 1
+        stats.tokens_wanted += layout.tokens_wanted
+        stats.tokens_read += layout.tokens_stored
+        stats.appended += layout.appended
+        stats.pager_seconds += seconds
+        if self._log_interval and stats.steps >= self._log_interval:
+            logger.warning(
+                "%s: %d decode steps in %.1f s, last of %d requests in %d segments; KV tokens read %d of %d (%.2fx shared), "
+                "pager %.2f ms per step, %d of them appended; PyTorch on %s",
+                NAME,
+                stats.steps,
+                time.monotonic() - stats.since,
+                layout.num_rows,
+                layout.num_segments,
+                stats.tokens_read,
+                stats.tokens_wanted,
+                stats.tokens_wanted / max(1, stats.tokens_read),
+                1e3 * stats.pager_seconds / stats.steps,
+                stats.appended,
+                self.device,
+            )
+            self._stats = Statistics()
+
+
+def _write_loc(forward_batch: Any) -> KVWriteLoc:
+    """Where this batch's K and V go; from SGLang 0.5.23 on the batch also says in which id space."""
+    for_batch = getattr(KVWriteLoc, "for_batch", None)
+    return for_batch(forward_batch) if for_batch else KVWriteLoc(forward_batch.out_cache_loc)
+
+
+def _readable_lens(layout: CsrLayout, seq_lens: torch.Tensor) -> torch.Tensor:
+    """Ends of the ranges that the layout covers, where the pager cut some."""
+    lens = torch.zeros_like(seq_lens)
+    for row in range(layout.num_rows):
+        segments = layout.row_segments[layout.row_indptr[row] : layout.row_indptr[row + 1]]
+        if segments.numel():
+            lens[row] = layout.segment_positions[segments[-1], 1]
+    return lens

@@ -1,0 +1,197 @@
+"""Compile csrc/ into the two native libraries and load them.
+
+``cpu``   csrc/pager/*.cc + csrc/api_cpu.cc, with g++. Runs everywhere.
+``cuda``  csrc/**/*.cu + csrc/api_cuda.cc, with nvcc for sm_90a. Builds without a GPU.
+
+Both depend on libtvm_ffi alone: no torch, no CPython, no libcudart (nvcc links the runtime
+statically), so one build serves every torch and Python version.
+
+    python -m flashcore_sglang.build [cpu] [cuda]        # ahead of serving; prints the libraries
+
+A build is named by the hash of all that can change it. Objects are kept by the hash of their own unit and
+its headers, so an edit recompiles what it touches. Processes that start together (tensor-parallel
+ranks) wait for the first one; a library appears by rename, never half written.
+
+Environment
+-----------
+FLASHCORE_CACHE_DIR    where builds are kept      (~/.cache/flashcore)
+CUDA_HOME              CUDA toolkit               (the nvcc on PATH)
+CXX                    C++ compiler               (g++)
+MAX_JOBS               parallel compile units     (number of CPUs)
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import tvm_ffi
+from tvm_ffi.libinfo import find_include_path, find_libtvm_ffi
+
+KINDS = ("cpu", "cuda")
+# "a": wgmma and setmaxnreg. Never -arch=sm_90: that pass drops them silently (csrc/common/ptx.cuh guards it).
+ARCH = "-gencode=arch=compute_90a,code=sm_90a"
+CXX_FLAGS = ("-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra", "-Werror")
+NVCC_FLAGS = ("-std=c++20", "-O3", "-DNDEBUG", "-lineinfo", ARCH, "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall",
+              "-Xptxas", "-v,--warn-on-spills,--warn-on-local-memory-usage")
+_INCLUDE = re.compile(rb'^\s*#\s*include\s*"([^"]+)"', re.M)
+
+
+def csrc_dir() -> Path:
+    """csrc/ inside the wheel, or beside the package in a checkout."""
+    here = Path(__file__).resolve().parent
+    for path in (here / "csrc", here.parent / "csrc"):
+        if path.is_dir():
+            return path
+    raise RuntimeError(f"csrc: want {here / 'csrc'} or {here.parent / 'csrc'}, got neither; reinstall flashcore-sglang")
+
+
+def cache_dir() -> Path:
+    return Path(os.environ.get("FLASHCORE_CACHE_DIR") or "~/.cache/flashcore").expanduser()
+
+
+def cxx() -> str:
+    """Path of the C++ compiler: $CXX, else g++ on PATH."""
+    wanted = os.environ.get("CXX") or "g++"
+    if found := shutil.which(wanted):
+        return found
+    raise RuntimeError(f"C++ compiler: want {wanted} on PATH, got none; install g++ (>= 11) or set CXX")
+
+
+def nvcc() -> str:
+    """Path of nvcc: $CUDA_HOME/bin/nvcc, else the one on PATH, else /usr/local/cuda/bin/nvcc."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    tried = [f"{home}/bin/nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    for candidate in tried:
+        if found := shutil.which(candidate):
+            return found
+    raise RuntimeError(
+        f"nvcc: want {' or '.join(tried)}, got none; install the CUDA toolkit (>= 12.8) or set CUDA_HOME"
+    )
+
+
+def _cpu_arch() -> list[str]:
+    """x86-64-v3 where this CPU has it (AVX2, FMA, BMI2); else the compiler's baseline."""
+    if platform.machine() != "x86_64":
+        return []
+    try:
+        words = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text()))
+    except OSError:
+        return []
+    return ["-march=x86-64-v3"] if {"avx2", "fma", "bmi2", "movbe", "f16c"} <= words else []
+
+
+def _units(kind: str) -> list[Path]:
+    src = csrc_dir()
+    if kind == "cpu":
+        return sorted([*(src / "pager").glob("*.cc"), src / "api_cpu.cc"])
+    return sorted([*src.rglob("*.cu"), src / "api_cuda.cc"])
+
+
+def _compile_command(kind: str) -> list[str]:
+    include = [f"-I{csrc_dir()}", f"-isystem{find_include_path()}"]
+    if kind == "cpu":
+        return [cxx(), *CXX_FLAGS, *_cpu_arch(), *include]
+    return [nvcc(), *NVCC_FLAGS, *include]
+
+
+def _with_headers(unit: Path) -> list[Path]:
+    """The unit and every header it includes with quotes, however deep, in a stable order."""
+    found, todo = {}, [unit]
+    while todo:
+        path = todo.pop()
+        if path in found or not path.is_file():
+            continue
+        found[path] = path.read_bytes()
+        for name in _INCLUDE.findall(found[path]):
+            todo += [(base / name.decode()).resolve() for base in (path.parent, csrc_dir())]
+    return sorted(found)
+
+
+def _hash(command: list[str], files: list[Path]) -> str:
+    # Paths are left out: a checkout that moves keeps its builds.
+    words = [w for w in command[1:] if not w.startswith(("-I", "-isystem"))]
+    h = hashlib.sha256("\0".join([tvm_ffi.__version__, _compiler_version(command[0]), *words]).encode())
+    for f in files:
+        h.update(f.name.encode() + b"\0" + f.read_bytes() + b"\0")
+    return h.hexdigest()[:20]
+
+
+@functools.cache
+def _compiler_version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def _run(command: list[str]) -> str:
+    p = subprocess.run(command, capture_output=True, text=True)
+    if p.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{p.stdout}{p.stderr}")
+    return p.stdout + p.stderr
+
+
+def _compile(command: list[str], unit: Path, objects: Path) -> Path:
+    """Object of one unit, from the cache or made now; the compiler's report lies beside it."""
+    out = objects / f"{unit.stem}-{_hash(command, _with_headers(unit))}.o"
+    if not out.exists():
+        tmp = out.with_suffix(f".{os.getpid()}.tmp.o")
+        report = _run([*command, "-c", str(unit), "-o", str(tmp)])
+        out.with_suffix(".log").write_text(report)
+        tmp.rename(out)
+    return out
+
+
+def build(kind: str = "cuda") -> Path:
+    """Compile one library unless it is in the cache; return its path.
+
+    Args:
+        kind: ``"cpu"`` or ``"cuda"``.
+
+    Raises:
+        ValueError: another kind. RuntimeError: no compiler (says what was looked for), or a unit
+            does not compile (with the compiler's words).
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind: want one of {KINDS}, got {kind!r}")
+    command, units = _compile_command(kind), _units(kind)
+    name = _hash(command, sorted({f for u in units for f in _with_headers(u)}))
+    out = cache_dir() / f"{kind}-{name}"
+    lib = out / f"flashcore_{kind}.so"
+    if lib.exists():
+        return lib
+    objects = cache_dir() / "objects"
+    objects.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if lib.exists():
+            return lib
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        with ThreadPoolExecutor(jobs) as pool:
+            made = list(pool.map(lambda unit: _compile(command, unit, objects), units))
+        ffi = Path(find_libtvm_ffi())
+        link = [command[0], "-shared", "-pthread"] if kind == "cpu" else [command[0], "-shared", ARCH]
+        tmp = out / f"{lib.name}.tmp"
+        _run([*link, *map(str, made), f"-L{ffi.parent}", "-ltvm_ffi", "-o", str(tmp)])
+        (out / "compile.log").write_text("".join(o.with_suffix(".log").read_text() for o in made))
+        tmp.rename(lib)
+    return lib
+
+
+@functools.cache
+def library(kind: str = "cuda") -> tvm_ffi.Module:
+    """The loaded library; built on first use unless ``python -m flashcore_sglang.build`` did it before."""
+    return tvm_ffi.load_module(str(build(kind)))
+
+
+if __name__ == "__main__":
+    for _kind in sys.argv[1:] or KINDS:
+        print(build(_kind))

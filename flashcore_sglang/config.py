@@ -1,0 +1,52 @@
+"""Measured constants, read from configs/."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """What the pager weighs when it decides whether rows read a common prefix together or each by itself.
+
+    A prefix of ``length`` tokens that ``rows`` rows have in common, and that would otherwise be read ``tops`` times, is
+    shared if ``length * (tops - 1) * token_cost >= segment_cost + rows * partial_cost``. All are integers, so that the
+    CPU and the GPU decide alike.
+
+    Attributes:
+        token_cost:   reading the KV of one token once; the unit.
+        segment_cost: one more segment, whatever its size.
+        partial_cost: one row's partial result: written, read and merged.
+    """
+
+    token_cost: int = 1
+    segment_cost: int = 0
+    partial_cost: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("token_cost", "segment_cost", "partial_cost"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name}: want an integer >= 0, got {value!r}")
+
+
+SHARE_ALWAYS = CostModel()
+"""Every common prefix is shared, however short."""
+
+
+def config_dir() -> Path:
+    """configs/ inside the wheel, or beside the package in a checkout."""
+    here = Path(__file__).resolve().parent
+    for path in (here / "configs", here.parent / "configs"):
+        if path.is_dir():
+            return path
+    raise RuntimeError(f"configs: want {here / 'configs'} or {here.parent / 'configs'}, got neither; reinstall flashcore-sglang")
+
+
+@functools.cache
+def cost_model(device: str) -> CostModel:
+    """The measured model for ``"cpu"`` or ``"hopper"``."""
+    return CostModel(**json.loads((config_dir() / "cost_model.json").read_text())[device])

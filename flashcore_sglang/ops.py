@@ -1,0 +1,215 @@
+"""Attention on the CSR layout in PyTorch, on any device: the path that serves where no kernel of csrc/attention does.
+
+Each segment's K and V are taken once for all the queries that read them; partial results are merged by
+log-sum-exp. What depends on the batch alone is planned once per step (``plan``), and used by every layer (``attend``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from flashcore_sglang.layout import CsrLayout
+
+_MAX_SCORES = 1 << 21
+"""Scores held at a time: 8 MiB of fp32, so that softmax works in cache."""
+
+
+@dataclass(frozen=True)
+class SegmentRead:
+    """What one segment means for the queries of a step.
+
+    Attributes:
+        slots:     slice of the pool if the segment is one run, else [length] int64.
+        tokens:    slice of the query tokens if they are consecutive, else [n] int64: those that see any of the segment.
+        positions: [n] int64 position of each of these tokens; None: all see the whole segment.
+        begin:     first position of the segment.
+        length:    its tokens.
+    """
+
+    slots: slice | torch.Tensor
+    tokens: slice | torch.Tensor
+    positions: torch.Tensor | None
+    begin: int
+    length: int
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """The reads of a step in the order of the layout's segments."""
+
+    num_tokens: int
+    reads: list[SegmentRead]
+
+
+def plan(layout: CsrLayout, seq_lens: torch.Tensor, q_lens: torch.Tensor | None = None) -> AttentionPlan:
+    """Queries of every segment: the last ``q_lens`` tokens of each row, causal.
+
+    Args:
+        layout:   complete: nothing staged.
+        seq_lens: [B] CPU, end of each row's range.
+        q_lens:   [B] CPU, queries of each row; None: one each (decode). Rows without tokens have no keys: zeros.
+
+    Raises ValueError if the layout is incomplete or the vectors do not fit it.
+    """
+    if not layout.is_complete:
+        raise ValueError(
+            f"layout: want every page resident, got {layout.staged_pages.numel()} staged pages, first "
+            f"{layout.staged_pages[0].item()}; bring them in and build the layout again"
+        )
+    lens = seq_lens.tolist()
+    counts = [1] * len(lens) if q_lens is None else q_lens.tolist()
+    for name, values in (("seq_lens", lens), ("q_lens", counts)):
+        if len(values) != layout.num_rows:
+            raise ValueError(f"{name}: want {layout.num_rows} entries, one per row, got {len(values)}")
+    first_token = [0]
+    for count in counts:
+        first_token.append(first_token[-1] + count)
+
+    order, indptr = layout.row_order.tolist(), layout.run_indptr.tolist()
+    reads = []
+    for i, ((row_begin, row_end), (begin, end)) in enumerate(
+        zip(layout.segment_rows.tolist(), layout.segment_positions.tolist(), strict=True)
+    ):
+        tokens: list[int] = []
+        positions: list[int] = []
+        for row in order[row_begin:row_end]:
+            skipped = max(0, begin - (lens[row] - counts[row]))  # queries before the segment see nothing of it
+            if skipped < counts[row]:
+                tokens.extend(range(first_token[row] + skipped, first_token[row + 1]))
+                positions.extend(range(lens[row] - counts[row] + skipped, lens[row]))
+        if not tokens:
+            continue
+        slots = _as_index(layout.runs[indptr[i] : indptr[i + 1]])
+        masked = min(positions) < end - 1
+        reads.append(
+            SegmentRead(slots, _as_slice(tokens), torch.tensor(positions) if masked else None, begin, end - begin)
+        )
+    return AttentionPlan(first_token[-1], reads)
+
+
+def attend(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    plan: AttentionPlan,
+    *,
+    scale: float,
+    logit_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of a step's queries over their paged KV cache; defined by ``reference.extend``.
+
+    Args:
+        q:       [T, H, D] float32, bfloat16 or float16, in the order of the plan.
+        k_cache: [slots, G, D], token-major; H is a multiple of G.
+        v_cache: [slots, G, Dv].
+        plan:    from ``plan``, for these requests; the same for every layer.
+        scale:   multiplies q.k before the softmax (usually ``D ** -0.5``).
+        logit_cap: s <- cap * tanh(s / cap); 0 is none.
+        sinks:   [H], the logit of a key without a value; None: no sinks.
+        out:     [T, H, Dv], written and returned; allocated if None.
+
+    Softmax and sums are float32. A query that sees nothing gives zeros. Raises ValueError for shapes that do not fit.
+    """
+    num_tokens, heads, _ = q.shape
+    groups, v_dim = k_cache.shape[1], v_cache.shape[2]
+    if heads % groups:
+        raise ValueError(f"q: want a multiple of {groups} heads, the heads of k_cache, got {heads}")
+    if num_tokens != plan.num_tokens:
+        raise ValueError(f"q: want {plan.num_tokens} tokens, those of the plan, got {num_tokens}")
+    acc = torch.zeros(num_tokens, heads, v_dim, dtype=torch.float32, device=q.device)
+    lse = torch.full((num_tokens, heads), -torch.inf, device=q.device)
+    scaled = q.float() * scale
+    for read in plan.reads:
+        slots = read.slots if isinstance(read.slots, slice) else read.slots.to(q.device)
+        keys = k_cache[slots].float().permute(1, 2, 0)  # [G, D, L]
+        values = v_cache[slots].float().transpose(0, 1)  # [G, L, Dv]
+        _attend_segment(scaled, keys, values, read, logit_cap, acc, lse)
+    if sinks is not None:
+        acc *= torch.sigmoid(lse - sinks.float())[..., None]
+    if out is None:
+        return acc.to(q.dtype)
+    return out.copy_(acc)
+
+
+def _attend_segment(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    read: SegmentRead,
+    logit_cap: float,
+    acc: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """Merges one segment into ``acc`` [T, H, Dv] and ``lse`` [T, H], a tile of queries at a time."""
+    q_tile = max(1, _MAX_SCORES // (q.shape[1] * read.length))
+    for tokens, positions in _tiles(read, q_tile):
+        length = read.length
+        if positions is not None:
+            length = min(length, int(positions.max()) + 1 - read.begin)  # the rest is invisible to the whole tile
+        partial, partial_lse = _softmax_product(
+            q[tokens], keys[:, :, :length], values[:, :length], positions, read.begin, logit_cap
+        )
+        old = lse[tokens]
+        new = torch.logaddexp(old, partial_lse)
+        acc[tokens] = acc[tokens] * torch.exp(old - new)[..., None] + partial * torch.exp(partial_lse - new)[..., None]
+        lse[tokens] = new
+
+
+def _softmax_product(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions: torch.Tensor | None,
+    begin: int,
+    logit_cap: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[n, H, Dv] normalised result and [n, H] natural lse of [n, H, D] queries; all query heads of a KV head in one product."""
+    num_tokens, heads, dim = q.shape
+    groups, length = keys.shape[0], keys.shape[2]
+    ratio = heads // groups
+    rows = q.view(num_tokens, groups, ratio, dim).transpose(0, 1).reshape(groups, num_tokens * ratio, dim)
+    s = torch.bmm(rows, keys)
+    if logit_cap > 0:
+        s.div_(logit_cap).tanh_().mul_(logit_cap)
+    if positions is not None:
+        hidden = torch.arange(begin, begin + length, device=q.device)[None, :] > positions.to(q.device)[:, None]
+        s.view(groups, num_tokens, ratio, length).masked_fill_(hidden[None, :, None, :], -torch.inf)
+    top = s.amax(dim=2, keepdim=True)
+    p = s.sub_(top).exp_()
+    total = p.sum(dim=2, keepdim=True)
+    o = torch.bmm(p, values).div_(total)
+    lse = (top + total.log()).view(groups, num_tokens, ratio).transpose(0, 1).reshape(num_tokens, heads)
+    return o.view(groups, num_tokens, ratio, -1).transpose(0, 1).reshape(num_tokens, heads, -1), lse
+
+
+def _tiles(read: SegmentRead, size: int) -> list[tuple[slice | torch.Tensor, torch.Tensor | None]]:
+    if isinstance(read.tokens, slice):
+        count = read.tokens.stop - read.tokens.start
+        starts = range(0, count, size)
+        tokens = [slice(read.tokens.start + i, read.tokens.start + min(i + size, count)) for i in starts]
+    else:
+        starts = range(0, read.tokens.numel(), size)
+        tokens = [read.tokens[i : i + size] for i in starts]
+    positions = [None if read.positions is None else read.positions[i : i + size] for i in starts]
+    return list(zip(tokens, positions, strict=True))
+
+
+def _as_index(runs: torch.Tensor) -> slice | torch.Tensor:
+    """Slots of [n, 2] (start, length) runs."""
+    if runs.shape[0] == 1:
+        start, length = runs[0].tolist()
+        return slice(start, start + length)
+    starts, lengths = runs.long().unbind(1)
+    shift = starts - torch.cumsum(lengths, 0) + lengths
+    return torch.repeat_interleave(shift, lengths) + torch.arange(int(lengths.sum()))
+
+
+def _as_slice(values: list[int]) -> slice | torch.Tensor:
+    """Ascending consecutive integers as a slice, others as an index."""
+    if values[-1] - values[0] == len(values) - 1 and all(b - a == 1 for a, b in zip(values, values[1:], strict=False)):
+        return slice(values[0], values[-1] + 1)
+    return torch.tensor(values)

