@@ -1,0 +1,94 @@
+"""SGLang finds the backend through its real plug-in entry point, and what goes wrong there is loud."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import needs
+import pytest
+
+needs.sglang()
+
+from contract.sglang_fixtures import make_runner
+
+from flashcore_sglang.plugin import NAME, create_backend, register
+
+pytestmark = pytest.mark.contract
+
+
+def in_fresh_process(code: str, **env: str) -> str:
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env}, timeout=300
+    )
+    return run.stdout + run.stderr
+
+
+LOAD = "from sglang.srt.plugins import load_plugins; load_plugins(); "
+CHOICES = (
+    "from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS as a; "
+    "from sglang.srt.server_args import ATTENTION_BACKEND_CHOICES as c; print('registered', 'flashcore_sparse' in a, "
+    "'flashcore_sparse' in c)"
+)
+
+
+def test_entry_point_registers_name_in_registry_and_choices():
+    assert "registered True True" in in_fresh_process(LOAD + CHOICES)
+
+
+def test_name_is_unknown_without_the_plugin():
+    assert "registered False False" in in_fresh_process(LOAD + CHOICES, SGLANG_PLUGINS="none")
+
+
+PARSE = (
+    LOAD + "import argparse; from sglang.srt.server_args import ServerArgs; p = argparse.ArgumentParser(); "
+    "ServerArgs.add_cli_args(p); a = p.parse_args(['--model-path', 'x', {flags}]); "
+    "print('parsed', a.attention_backend, a.prefill_attention_backend, a.decode_attention_backend)"
+)
+
+
+@pytest.mark.parametrize(
+    ("flags", "parsed"),
+    [
+        ("'--attention-backend', 'flashcore_sparse'", "parsed flashcore_sparse None None"),
+        (
+            "'--attention-backend', 'torch_native', '--decode-attention-backend', 'flashcore_sparse'",
+            "parsed torch_native None flashcore_sparse",
+        ),
+    ],
+)
+def test_command_line_accepts_the_name(flags, parsed):
+    assert parsed in in_fresh_process(PARSE.format(flags=flags))
+
+
+def test_registering_twice_changes_nothing():
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+    from sglang.srt.server_args import ATTENTION_BACKEND_CHOICES
+
+    register()
+    register()
+    assert ATTENTION_BACKENDS[NAME] is create_backend
+    assert ATTENTION_BACKEND_CHOICES.count(NAME) == 1
+
+
+def test_factory_lists_every_reason_at_once():
+    runner = make_runner(use_mla_backend=True)
+    runner.page_size = 48
+    runner.server_args.speculative_algorithm = "EAGLE"
+    with pytest.raises(ValueError, match="flashcore_sparse cannot serve this configuration") as error:
+        create_backend(runner)
+    for reason in ("got MLA", "got 48", "got EAGLE"):
+        assert reason in str(error.value)
+
+
+def test_missing_compiler_stops_the_factory_with_the_remedy(tmp_path):
+    code = (
+        "from contract.sglang_fixtures import make_runner; from flashcore_sglang.plugin import create_backend; "
+        "create_backend(make_runner())"
+    )
+    tests = os.path.dirname(os.path.dirname(__file__))
+    env = {"FLASHCORE_CACHE_DIR": str(tmp_path), "CXX": "no-such-compiler"}
+    env["PYTHONPATH"] = os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")])
+    output = in_fresh_process(code, **env)
+    assert "want no-such-compiler on PATH, got none; install g++" in output
