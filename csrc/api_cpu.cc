@@ -30,8 +30,8 @@ Tensor to_tensor(const std::vector<int32_t>& values, int64_t columns = 1) {
   const int64_t rows = static_cast<int64_t>(values.size()) / columns;
   std::vector<int64_t> shape{rows};
   if (columns > 1) shape.push_back(columns);
-  Tensor t = Tensor::FromNDAlloc(HostAllocator(), tvm::ffi::ShapeView(shape.data(), shape.size()), DLDataType{kDLInt, 32, 1},
-                                 DLDevice{kDLCPU, 0});
+  Tensor t = Tensor::FromNDAlloc(HostAllocator(), tvm::ffi::ShapeView(shape.data(), shape.size()),
+                                 DLDataType{kDLInt, 32, 1}, DLDevice{kDLCPU, 0});
   if (!values.empty()) std::memcpy(t.data_ptr(), values.data(), values.size() * sizeof(int32_t));
   return t;
 }
@@ -68,7 +68,8 @@ Array<Tensor> step(Pager& pager, int64_t num_pages, TensorView table, int64_t en
   view.ends = vector_of<int64_t>(ends, "ends", num_rows);
   view.may_share = vector_of<int32_t>(may_share, "may_share", num_rows);
   view.num_rows = num_rows, view.num_pages = num_pages, view.check_blocks = check_blocks;
-  FC_CHECK(view.table_rows || num_rows <= view.num_table_rows) << "table: want " << num_rows << " rows, got " << table.size(0);
+  FC_CHECK(view.table_rows || num_rows <= view.num_table_rows)
+      << "table: want " << num_rows << " rows, got " << table.size(0);
   Residency residency;
   if (resident.has_value()) {
     const TensorView bits = resident.value();
@@ -80,9 +81,17 @@ Array<Tensor> step(Pager& pager, int64_t num_pages, TensorView table, int64_t en
 
   const Layout l = pager.step(view, residency);
   const Status& status = pager.status();
-  const auto size = [](const std::vector<int32_t>& v, int columns = 1) { return static_cast<int32_t>(v.size() / columns); };
-  const std::vector<int32_t> sizes{size(l.segment_rows, 2), size(l.page_indices),  size(l.runs, 2), size(l.row_segments),
-                                   size(l.staged_pages),    pager.appended() ? 1 : 0, 0,               0};
+  const auto size = [](const std::vector<int32_t>& v, int columns = 1) {
+    return static_cast<int32_t>(v.size() / columns);
+  };
+  const std::vector<int32_t> sizes{size(l.segment_rows, 2),
+                                   size(l.page_indices),
+                                   size(l.runs, 2),
+                                   size(l.row_segments),
+                                   size(l.staged_pages),
+                                   pager.appended() ? 1 : 0,
+                                   0,
+                                   0};
   return {to_tensor(sizes),
           to_tensor({status.code, status.row, status.position, status.value}),
           to_tensor(l.row_order),
@@ -98,18 +107,21 @@ Array<Tensor> step(Pager& pager, int64_t num_pages, TensorView table, int64_t en
 }
 
 // Returns the pager's step function; the pager lives as long as it does.
-Function make_pager(int64_t page_tokens, int64_t num_pages, int64_t token_cost, int64_t segment_cost, int64_t partial_cost) {
+Function make_pager(int64_t page_tokens, int64_t num_pages, int64_t token_cost, int64_t segment_cost,
+                    int64_t partial_cost) {
   FC_CHECK(page_tokens > 0) << "page_tokens: want a positive size, got " << page_tokens;
   auto pager = std::make_shared<Pager>(page_tokens, CostModel{token_cost, segment_cost, partial_cost});
-  return Function::FromTyped([=](TensorView table, int64_t entry_tokens, int64_t divisor, Optional<TensorView> table_rows,
-                                 Optional<TensorView> begins, TensorView ends, Optional<TensorView> may_share,
-                                 Optional<TensorView> resident, bool packed, bool check_blocks) {
-    return step(*pager, num_pages, table, entry_tokens, divisor, table_rows, begins, ends, may_share, resident,
-                packed, check_blocks);
+  return Function::FromTyped([=](TensorView table, int64_t entry_tokens, int64_t divisor,
+                                 Optional<TensorView> table_rows, Optional<TensorView> begins, TensorView ends,
+                                 Optional<TensorView> may_share, Optional<TensorView> resident, bool packed,
+                                 bool check_blocks) {
+    return step(*pager, num_pages, table, entry_tokens, divisor, table_rows, begins, ends, may_share, resident, packed,
+                check_blocks);
   });
 }
 
 }  // namespace
 }  // namespace flashcore
 
+#pragma GCC diagnostic ignored "-Wunused-parameter"  // of the function that the macro defines
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(make_pager, flashcore::make_pager);

@@ -15,6 +15,7 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, check_cuda_graph_backend
 from sglang.version import __version__ as sglang_version
 
 from flashcore_sglang import env, ops
@@ -42,7 +43,7 @@ def facts_of(model_runner: Any) -> ServingFacts:
         speculative_algorithm=args.speculative_algorithm,
         deterministic=bool(args.enable_deterministic_inference),
         sharing=env.sharing(),
-        cuda_graphs=not args.disable_cuda_graph,
+        cuda_graphs=not check_cuda_graph_backend(Phase.DECODE, Backend.DISABLED),
         triton_runs=triton_runs(),
         layers=tuple(
             LayerFacts(
@@ -102,7 +103,8 @@ class FlashCoreSparseBackend(AttentionBackend):
         self._stats = Statistics()
         self._reported: set[int] = set()
         logger.warning(
-            "%s serves on %s with PyTorch attention over CSR segments: page size %d, %d pages, KV %s, prefix sharing %s",
+            "%s serves on %s with PyTorch attention over CSR segments: page size %d, %d pages, KV %s, "
+            "prefix sharing %s",
             NAME,
             self.device,
             self.page_size,
@@ -151,7 +153,14 @@ class FlashCoreSparseBackend(AttentionBackend):
         return self._forward(q, k, v, layer, forward_batch, save_kv_cache, kwargs)
 
     def _forward(
-        self, q: torch.Tensor, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool, kwargs: dict[str, Any]
+        self,
+        q: torch.Tensor,
+        k: Any,
+        v: Any,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool,
+        kwargs: dict[str, Any],
     ) -> torch.Tensor:
         assert self.forward_metadata is not None, "forward before init_forward_metadata"
         if save_kv_cache and k is not None and v is not None:
@@ -199,8 +208,8 @@ class FlashCoreSparseBackend(AttentionBackend):
         stats.pager_seconds += seconds
         if self._log_interval and stats.steps >= self._log_interval:
             logger.warning(
-                "%s: %d decode steps in %.1f s, last of %d requests in %d segments; KV tokens read %d of %d (%.2fx shared), "
-                "pager %.2f ms per step, %d of them appended; PyTorch on %s",
+                "%s: %d decode steps in %.1f s, last of %d requests in %d segments; KV tokens read %d of %d "
+                "(%.2fx shared), pager %.2f ms per step, %d of them appended; PyTorch on %s",
                 NAME,
                 stats.steps,
                 time.monotonic() - stats.since,

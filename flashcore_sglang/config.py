@@ -43,7 +43,9 @@ def config_dir() -> Path:
     for path in (here / "configs", here.parent / "configs"):
         if path.is_dir():
             return path
-    raise RuntimeError(f"configs: want {here / 'configs'} or {here.parent / 'configs'}, got neither; reinstall flashcore-sglang")
+    raise RuntimeError(
+        f"configs: want {here / 'configs'} or {here.parent / 'configs'}, got neither; reinstall flashcore-sglang"
+    )
 
 
 @functools.cache

@@ -9,39 +9,40 @@ Every (row, position) of the ranges is covered by exactly one segment, or its pa
 segment only where their ids were compared and found equal. The same input gives the same layout, bit for bit, on
 the CPU and on the GPU.
 
-How the segments come about. Rows are sorted by their page sequences; the longest common prefixes (LCP) of neighbours form
-a tree. A node of it (rows that agree up to a depth) is kept as a segment if that pays under the ``CostModel``, bottom-up;
-otherwise its children read its pages each by themselves. What no kept node covers, each row reads alone.
+How the segments come about. Rows are sorted by their page sequences; the longest common prefixes (LCP) of neighbours
+form a tree. A node of it (rows that agree up to a depth) is kept as a segment if that pays under the ``CostModel``,
+bottom-up; otherwise its children read its pages each by themselves. What no kept node covers, each row reads alone.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
 from flashcore_sglang import build
-from flashcore_sglang.config import CostModel, cost_model as measured_cost_model
+from flashcore_sglang.config import CostModel
+from flashcore_sglang.config import cost_model as measured_cost_model
 
 _UNBOUNDED = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class CsrLayout:
-    """Segments of a batch. All arrays are int32 and contiguous; B rows, S segments, N page entries, U runs, E row entries.
+    """Segments of a batch. Arrays are int32, contiguous; B rows, S segments, N page entries, U runs, E row entries.
 
     Written by the pager, read by every attention kernel and by ``reference``.
 
     Attributes:
         page_size:         tokens per page.
-        row_order:         [B] permutation of the rows: depth-first order of the prefix forest. Rows that may share come
-                           first, sorted by page sequence (a prefix before its extensions, equal rows by index).
+        row_order:         [B] permutation of the rows: depth-first order of the prefix forest. Rows that may share
+                           come first, sorted by page sequence (a prefix before its extensions, equal rows by index).
         segment_rows:      [S, 2] half-open range in ``row_order`` of the rows that read the segment.
         segment_positions: [S, 2] half-open range of absolute positions, in tokens.
         page_indptr:       [S + 1] CSR offsets into ``page_indices``.
-        page_indices:      [N] page of each block of a segment in position order. The first and the last block may be cut
-                           by ``segment_positions``.
+        page_indices:      [N] page of each block of a segment in position order. The first and the last block may be
+                           cut by ``segment_positions``.
         run_indptr:        [S + 1] CSR offsets into ``runs``.
         runs:              [U, 2] maximal runs of consecutive slots inside a segment: (first slot, number of slots).
         row_indptr:        [B + 1] CSR offsets into ``row_segments``, by row.
@@ -94,6 +95,9 @@ class CsrLayout:
         return int((rows * (self.segment_positions[:, 1] - self.segment_positions[:, 0])).sum())
 
 
+_ARRAYS = tuple(f.name for f in fields(CsrLayout) if f.name not in ("page_size", "status", "appended"))
+
+
 def build_layout(
     token_to_page: torch.Tensor,
     seq_starts: torch.Tensor,
@@ -107,8 +111,8 @@ def build_layout(
     """Layout of a batch of position ranges over a table of pages.
 
     Args:
-        token_to_page: [B, T] int32, the page of each position: all positions of a page-aligned block name the same page.
-            Or one id per page: [B, T // page_tokens, page_tokens] whose last stride is 0, as
+        token_to_page: [B, T] int32, the page of each position; all positions of a page-aligned block name the same
+            page. Or one id per page: [B, T // page_tokens, page_tokens] whose last stride is 0, as
             ``pages.unsqueeze(-1).expand(-1, -1, page_tokens)`` gives. Ids outside a row's range are never looked at.
         seq_starts, seq_ends: [B] int32 or int64, half-open ranges of positions; they may begin or end inside a page.
         page_resident_bitmap: which pages are on the device: [num_pages] bool or uint8, or packed bits
@@ -129,7 +133,9 @@ def build_layout(
     pager = CsrPager(page_tokens, num_pages=num_pages, cost_model=cost_model)
     resident, packed = _bitmap(page_resident_bitmap, num_pages)
     layout = pager._step(table, entry_tokens, 1, None, begins, ends, None, resident, packed, check_blocks=True)
-    _raise_status(layout, "token_to_page", "seq_starts", "seq_ends", f"0 <= page < {num_pages}", entry_tokens * table.shape[1])
+    _raise_status(
+        layout, "token_to_page", "seq_starts", "seq_ends", f"0 <= page < {num_pages}", entry_tokens * table.shape[1]
+    )
     return layout
 
 
@@ -205,7 +211,9 @@ class CsrPager:
         ``check_blocks`` also verifies that slots of a block are consecutive and aligned.
         """
         if req_to_token.ndim != 2 or req_to_token.dtype != torch.int32 or req_to_token.device.type != "cpu":
-            raise ValueError(f"req_to_token: want a [pool, max_context] int32 CPU tensor, got {_describe(req_to_token)}")
+            raise ValueError(
+                f"req_to_token: want a [pool, max_context] int32 CPU tensor, got {_describe(req_to_token)}"
+            )
         rows = _row_vector("req_pool_indices", req_pool_indices, None)
         ends = _row_vector("seq_lens", seq_lens, rows.numel())
         may_share = (rows != 0).to(torch.int32) if self.sharing else torch.zeros(rows.numel(), dtype=torch.int32)
@@ -227,8 +235,12 @@ class CsrPager:
         arrays: Any = self._run(
             table, entry_tokens, divisor, rows, begins, ends, may_share, resident, packed, check_blocks
         )
-        sizes, status, *fields = (torch.from_dlpack(a) for a in arrays)
-        return CsrLayout(self.page_size, *fields, status=tuple(status.tolist()), appended=bool(sizes[5]))
+        sizes, status, *tensors = (torch.from_dlpack(a) for a in arrays)
+        values = dict(zip(_ARRAYS, tensors, strict=True))
+        code, row, position, value = status.tolist()
+        return CsrLayout(
+            page_size=self.page_size, **values, status=(code, row, position, value), appended=bool(sizes[5])
+        )
 
 
 def _describe(t: torch.Tensor) -> str:
@@ -271,8 +283,8 @@ def _bitmap(t: torch.Tensor | None, num_pages: int) -> tuple[torch.Tensor | None
     want = (num_pages + 31) // 32 if packed else num_pages
     if t.dtype not in (torch.bool, torch.uint8, torch.int32) or t.device.type != "cpu" or t.shape != (want,):
         raise ValueError(
-            f"page_resident_bitmap: want [{num_pages}] bool or uint8, or [{(num_pages + 31) // 32}] int32 of packed bits, on "
-            f"the CPU, got {_describe(t)}"
+            f"page_resident_bitmap: want [{num_pages}] bool or uint8, or [{(num_pages + 31) // 32}] int32 of packed "
+            f"bits, on the CPU, got {_describe(t)}"
         )
     return t.contiguous().view(torch.uint8), packed
 

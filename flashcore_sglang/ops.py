@@ -167,7 +167,10 @@ def _softmax_product(
     begin: int,
     logit_cap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """[n, H, Dv] normalised result and [n, H] natural lse of [n, H, D] queries; all query heads of a KV head in one product."""
+    """[n, H, Dv] normalised result and [n, H] natural lse of [n, H, D] queries.
+
+    All query heads of a KV head go into one product.
+    """
     num_tokens, heads, dim = q.shape
     groups, length = keys.shape[0], keys.shape[2]
     ratio = heads // groups
@@ -210,6 +213,6 @@ def _as_index(runs: torch.Tensor) -> slice | torch.Tensor:
 
 def _as_slice(values: list[int]) -> slice | torch.Tensor:
     """Ascending consecutive integers as a slice, others as an index."""
-    if values[-1] - values[0] == len(values) - 1 and all(b - a == 1 for a, b in zip(values, values[1:], strict=False)):
+    if values == list(range(values[0], values[0] + len(values))):
         return slice(values[0], values[-1] + 1)
     return torch.tensor(values)

@@ -1,7 +1,7 @@
 """The definition of every operation, in float64 and plain PyTorch.
 
-Nothing here is fast, and nothing knows about segments except ``segment``: a test that compares with this file compares with
-the mathematics.
+Nothing here is fast, and nothing but ``segment_slots`` knows of segments: a test that compares with this file compares
+with the mathematics.
 
     s = scale * q.k       s <- cap * tanh(s / cap) if a logit cap is set       p = exp(s) / (sum exp(s) + exp(sink))
     out = sum p * v       over the keys at positions <= the query's

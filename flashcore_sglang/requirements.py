@@ -48,7 +48,8 @@ class ServingFacts:
 
 def version_tuple(version: str) -> tuple[int, ...]:
     """(0, 5, 16) of "0.5.16.post1"."""
-    return tuple(int(n) for n in re.match(r"\d+(?:\.\d+)*", version)[0].split(".")) if version[:1].isdigit() else ()
+    match = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(int(n) for n in match[0].split(".")) if match else ()
 
 
 def version_refusal(version: str) -> str | None:
@@ -100,7 +101,8 @@ def _pool_refusals(facts: ServingFacts) -> list[str | None]:
     dtypes = ("float32", "bfloat16", "float16")
     return [
         (
-            f"page_size: want one of {', '.join(map(str, PAGE_SIZES))}, got {facts.page_size}; start with --page-size 64"
+            f"page_size: want one of {', '.join(map(str, PAGE_SIZES))}, got {facts.page_size}; "
+            "start with --page-size 64"
             if facts.page_size not in PAGE_SIZES
             else None
         ),
@@ -125,8 +127,7 @@ def _pool_refusals(facts: ServingFacts) -> list[str | None]:
 def _option_refusals(facts: ServingFacts) -> list[str | None]:
     return [
         (
-            f"speculative_algorithm: want none, got {facts.speculative_algorithm}; leave out --speculative-algorithm, or "
-            "serve only decode with --decode-attention-backend flashcore_sparse"
+            f"speculative_algorithm: want none, got {facts.speculative_algorithm}; leave out --speculative-algorithm"
             if facts.speculative_algorithm
             else None
         ),
@@ -138,13 +139,13 @@ def _option_refusals(facts: ServingFacts) -> list[str | None]:
         ),
         (
             "cuda graphs: want none on this path, which pages on the host, got decode graphs; start with "
-            "--disable-cuda-graph"
+            "--disable-decode-cuda-graph"
             if facts.device == "cuda" and facts.cuda_graphs
             else None
         ),
         (
-            f"page_size: want 1 where Triton cannot run, got {facts.page_size}; set TRITON_INTERPRET=1 or --page-size 1 "
-            "(SGLang allocates larger pages with a Triton kernel)"
+            f"page_size: want 1 where Triton cannot run, got {facts.page_size}; set TRITON_INTERPRET=1 or "
+            "--page-size 1, as SGLang allocates larger pages with a Triton kernel"
             if facts.page_size > 1 and not facts.triton_runs
             else None
         ),

@@ -122,10 +122,12 @@ void decide(std::vector<Node>& nodes, const Snapshot& s, const std::vector<int32
     Node& node = nodes[v];
     const int64_t rows = node.row_end - node.row_begin;
     node.tops += rows - covered[v];  // the others are leaves
-    for (int32_t k = node.row_begin; k < node.row_end; ++k) node.max_start = std::max(node.max_start, s.begin[order[k]]);
+    for (int32_t k = node.row_begin; k < node.row_end; ++k)
+      node.max_start = std::max(node.max_start, s.begin[order[k]]);
     const int32_t top = std::max(node.parent >= 0 ? nodes[node.parent].depth : 0, node.max_start);
     const int64_t length = node.depth - top;
-    node.kept = length > 0 && length * (node.tops - 1) * cost.token_cost >= cost.segment_cost + rows * cost.partial_cost;
+    node.kept =
+        length > 0 && length * (node.tops - 1) * cost.token_cost >= cost.segment_cost + rows * cost.partial_cost;
     if (node.kept) node.tops = 1;
     if (node.parent >= 0) nodes[node.parent].tops += node.tops, covered[node.parent] += rows;
   }

@@ -59,7 +59,8 @@ void index_rows(Layout* out) {
   out->row_indptr.assign(num_rows + 1, 0);
   const auto for_each_read = [&](auto visit) {
     for (int64_t seg = 0; seg < num_segments; ++seg) {
-      for (int32_t k = out->segment_rows[2 * seg]; k < out->segment_rows[2 * seg + 1]; ++k) visit(out->row_order[k], seg);
+      for (int32_t k = out->segment_rows[2 * seg]; k < out->segment_rows[2 * seg + 1]; ++k)
+        visit(out->row_order[k], seg);
     }
   };
   for_each_read([&](int32_t row, int64_t) { ++out->row_indptr[row + 1]; });

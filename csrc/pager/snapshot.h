@@ -18,20 +18,20 @@ struct Status {
 
 // A caller's table of ids, and the ranges of it that the batch reads. Not owned. Strides in elements.
 struct TableView {
-  const int32_t* ids;        // id of (table row, position) at ids[row * row_stride + entry * entry_stride]
+  const int32_t* ids;  // id of (table row, position) at ids[row * row_stride + entry * entry_stride]
   int64_t row_stride;
   int64_t entry_stride;
   int64_t num_table_rows;
-  int64_t num_positions;     // positions a table row can hold
-  int64_t entry_tokens;      // positions per entry: 1, or the page size when the table holds one id per page
-  int64_t divisor;           // 1: ids are pages; page size: ids are slots
-  const int64_t* table_rows; // [B] row of the table for each request; nullptr: the identity
-  const int64_t* begins;     // [B] first position read; nullptr: 0
-  const int64_t* ends;       // [B] one past the last position read
-  const int32_t* may_share;  // [B] 0: this request is never grouped (padding); nullptr: all may
-  int64_t num_rows;          // B
-  int64_t num_pages;         // pages of the pool; ids outside [0, num_pages) are read as page 0
-  bool check_blocks;         // verify that all positions of a block name one page
+  int64_t num_positions;      // positions a table row can hold
+  int64_t entry_tokens;       // positions per entry: 1, or the page size when the table holds one id per page
+  int64_t divisor;            // 1: ids are pages; page size: ids are slots
+  const int64_t* table_rows;  // [B] row of the table for each request; nullptr: the identity
+  const int64_t* begins;      // [B] first position read; nullptr: 0
+  const int64_t* ends;        // [B] one past the last position read
+  const int32_t* may_share;   // [B] 0: this request is never grouped (padding); nullptr: all may
+  int64_t num_rows;           // B
+  int64_t num_pages;          // pages of the pool; ids outside [0, num_pages) are read as page 0
+  bool check_blocks;          // verify that all positions of a block name one page
 };
 
 struct Snapshot {

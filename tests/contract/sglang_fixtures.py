@@ -39,9 +39,7 @@ def make_runner(*, slots: int = 256, max_requests: int = 16, context: int = 128,
         is_hybrid_swa=False,
         model=torch.nn.ModuleList([layer]),
         model_config=SimpleNamespace(context_len=context, is_encoder_decoder=False),
-        server_args=SimpleNamespace(
-            speculative_algorithm=None, enable_deterministic_inference=False, disable_cuda_graph=True
-        ),
+        server_args=SimpleNamespace(speculative_algorithm=None, enable_deterministic_inference=False),
         req_to_token_pool=ReqToTokenPool(
             size=max_requests, max_context_len=context, device="cpu", enable_memory_saver=False
         ),
@@ -138,7 +136,9 @@ class MiniScheduler:
         """The ForwardBatch of these rows: decode, or an extend of the last ``q_lens`` tokens of each."""
         seq_lens = torch.tensor([len(self.tokens[r]) for r in rows])
         lens = torch.tensor(q_lens or [1] * len(rows))
-        slots = [self.table[r, n - q : n].long() for r, n, q in zip(rows, seq_lens.tolist(), lens.tolist(), strict=True)]
+        slots = [
+            self.table[r, n - q : n].long() for r, n, q in zip(rows, seq_lens.tolist(), lens.tolist(), strict=True)
+        ]
         return SimpleNamespace(
             forward_mode=ForwardMode.DECODE if q_lens is None else ForwardMode.EXTEND,
             batch_size=len(rows),

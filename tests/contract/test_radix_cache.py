@@ -134,7 +134,9 @@ def test_random_traffic_equals_reference(seed):
         event = choice.random()
         if event < 0.3 and len(rows) < 8:
             group = choice.randrange(3)
-            prompt = [group] * choice.choice([1, 20, 70]) + [choice.randrange(4) for _ in range(choice.randrange(1, 12))]
+            prompt = [group] * choice.choice([1, 20, 70]) + [
+                choice.randrange(4) for _ in range(choice.randrange(1, 12))
+            ]
             room = server.scheduler.allocator.available_size() + server.scheduler.tree.evictable_size()
             if room > len(prompt) + 30:
                 rows.append(server.start(prompt)[0])

@@ -1,0 +1,78 @@
+"""What is refused at the start: each reason names what it wants, what it got, and the remedy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from flashcore_sglang.requirements import PAGE_SIZES, LayerFacts, ServingFacts, refusals, version_refusal, version_tuple
+
+GOOD = ServingFacts(sglang_version="0.5.16", layers=(LayerFacts(0, 9, 3),))
+
+
+def layer(**changes) -> tuple[LayerFacts, ...]:
+    return (LayerFacts(0, 8, 8), replace(LayerFacts(1, 8, 8), **changes))
+
+
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_supported_configuration_is_not_refused(page_size, dtype):
+    assert refusals(replace(GOOD, page_size=page_size, kv_cache_dtype=dtype)) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"sglang_version": "0.5.15.post2"},
+            "sglang: want 0.5.16 to 0.5.23, got 0.5.15.post2; pip install sglang==0.5.16",
+        ),
+        ({"is_mla": True}, "model: want multi-head or grouped-query attention, got MLA; serve it with"),
+        ({"is_encoder_decoder": True}, "model: want a decoder, got an encoder-decoder; serve it with"),
+        ({"layers": layer(is_cross_attention=True)}, "model: want a decoder, got an encoder-decoder"),
+        ({"is_hybrid_swa": True}, "model: want full attention in every layer, got sliding windows in a hybrid pool"),
+        ({"layers": layer(sliding_window_size=4095)}, "got sliding windows [4095]; serve it with"),
+        (
+            {"layers": layer(attn_type="encoder_only")},
+            "model: want causal attention, got attention of type encoder_only",
+        ),
+        ({"layers": layer(num_kv_heads=3)}, "want query heads a multiple of KV heads, got 8 on 3 in layer 1"),
+        ({"layers": layer(has_temperature=True)}, "model: want a constant softmax scale"),
+        ({"page_size": 48}, "page_size: want one of 1, 16, 32, 64, 128, got 48; start with --page-size 64"),
+        ({"kv_cache_dtype": "float8_e4m3fn"}, "got float8_e4m3fn; start with --kv-cache-dtype auto"),
+        ({"head_major_pool": True}, "KV pool: want token-major K and V, got head-major; unset SGLANG_USE_HND_KVCACHE"),
+        ({"pool_type": "PageMajorMHATokenToKVPool"}, "KV pool: want MHATokenToKVPool, got PageMajorMHATokenToKVPool"),
+        ({"speculative_algorithm": "EAGLE"}, "speculative_algorithm: want none, got EAGLE; leave out"),
+        ({"deterministic": True}, "deterministic inference: want sharing off, got on"),
+        ({"device": "cuda", "cuda_graphs": True}, "got decode graphs; start with --disable-decode-cuda-graph"),
+        (
+            {"page_size": 16, "triton_runs": False},
+            "page_size: want 1 where Triton cannot run, got 16; set TRITON_INTERPRET=1",
+        ),
+        ({"device": "xpu"}, "device: want cpu or cuda, got xpu"),
+    ],
+)
+def test_refusal_names_rule_value_and_remedy(changes, message):
+    [reason] = refusals(replace(GOOD, **changes))
+    assert message in reason
+
+
+def test_every_reason_is_listed():
+    assert len(refusals(replace(GOOD, is_mla=True, page_size=3, kv_cache_dtype="float8_e5m2", device="npu"))) == 4
+
+
+def test_deterministic_inference_is_served_without_sharing():
+    assert refusals(replace(GOOD, deterministic=True, sharing=False)) == []
+
+
+@pytest.mark.parametrize(
+    ("version", "parts"), [("0.5.16", (0, 5, 16)), ("0.5.23.post1", (0, 5, 23)), ("0.6.0rc1", (0, 6, 0)), ("main", ())]
+)
+def test_version_tuple_reads_the_release(version, parts):
+    assert version_tuple(version) == parts
+
+
+@pytest.mark.parametrize("version", ["0.5.16", "0.5.20", "0.5.23", "0.6.0"])
+def test_supported_and_newer_versions_are_not_refused(version):
+    assert version_refusal(version) is None
