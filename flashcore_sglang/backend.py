@@ -15,10 +15,11 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
-from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, check_cuda_graph_backend
 from sglang.version import __version__ as sglang_version
 
 from flashcore_sglang import env, ops
+from flashcore_sglang.device_pager import MAX_ROWS
+from flashcore_sglang.gpu_decode import GpuDecode
 from flashcore_sglang.layout import CsrLayout, CsrPager, describe_status
 from flashcore_sglang.plugin import NAME, triton_runs
 from flashcore_sglang.requirements import LayerFacts, ServingFacts, refusals
@@ -29,10 +30,12 @@ logger = logging.getLogger("flashcore_sglang")
 def facts_of(model_runner: Any) -> ServingFacts:
     """What decides whether this server can run."""
     args, pool = model_runner.server_args, model_runner.token_to_kv_pool
+    device = torch.device(model_runner.device).type
     layers = [m for m in model_runner.model.modules() if isinstance(m, RadixAttention)]
     return ServingFacts(
         sglang_version=sglang_version,
-        device=torch.device(model_runner.device).type,
+        device=device,
+        capability="{}.{}".format(*torch.cuda.get_device_capability()) if device == "cuda" else "",
         page_size=model_runner.page_size,
         kv_cache_dtype=str(model_runner.kv_cache_dtype).removeprefix("torch."),
         pool_type=type(pool).__name__,
@@ -43,13 +46,14 @@ def facts_of(model_runner: Any) -> ServingFacts:
         speculative_algorithm=args.speculative_algorithm,
         deterministic=bool(args.enable_deterministic_inference),
         sharing=env.sharing(),
-        cuda_graphs=not check_cuda_graph_backend(Phase.DECODE, Backend.DISABLED),
         triton_runs=triton_runs(),
         layers=tuple(
             LayerFacts(
                 layer_id=x.layer_id,
                 num_q_heads=x.tp_q_head_num,
                 num_kv_heads=x.tp_k_head_num,
+                head_dim=x.qk_head_dim,
+                v_head_dim=x.v_head_dim,
                 attn_type=getattr(x.attn_type, "value", x.attn_type),
                 is_cross_attention=x.is_cross_attention,
                 sliding_window_size=x.sliding_window_size,
@@ -97,16 +101,19 @@ class FlashCoreSparseBackend(AttentionBackend):
         self.max_context_len = model_runner.model_config.context_len
         self.page_size = facts.page_size
         self.num_pages = (self.token_to_kv_pool.size + self.page_size) // self.page_size  # page 0 is SGLang's padding
-        self.forward_metadata: ops.AttentionPlan | None = None
+        self.forward_metadata: ops.AttentionPlan | GpuDecode | None = None
+        self._gpu = self._make_gpu_decode(facts) if facts.device == "cuda" else None
         self._pager = CsrPager(self.page_size, num_pages=self.num_pages, sharing=facts.sharing)
         self._log_interval = env.log_interval()
         self._stats = Statistics()
         self._reported: set[int] = set()
         logger.warning(
-            "%s serves on %s with PyTorch attention over CSR segments: page size %d, %d pages, KV %s, "
-            "prefix sharing %s",
+            "%s serves on %s with %s: page size %d, %d pages, KV %s, prefix sharing %s",
             NAME,
             self.device,
+            f"WGMMA decode ({self._gpu.mebibytes:.0f} MiB of buffers) and PyTorch extend over CSR segments"
+            if self._gpu
+            else "PyTorch attention over CSR segments",
             self.page_size,
             self.num_pages,
             facts.kv_cache_dtype,
@@ -118,23 +125,32 @@ class FlashCoreSparseBackend(AttentionBackend):
         if forward_batch.forward_mode.is_idle():
             self.forward_metadata = None
             return
+        decode = forward_batch.forward_mode.is_decode()
+        if in_capture and not decode:
+            raise ValueError(f"{NAME}: want CUDA graphs of decode only, got {forward_batch.forward_mode.name}")
+        if self._gpu and decode and forward_batch.batch_size <= self._gpu.max_rows:
+            self._snapshot(self._gpu, forward_batch)
+            return
+        if in_capture:
+            raise ValueError(f"{NAME}: want CUDA graphs of at most {MAX_ROWS} requests, got {forward_batch.batch_size}")
         start = time.perf_counter()
         seq_lens = forward_batch.seq_lens.cpu()
-        decode = forward_batch.forward_mode.is_decode()
         q_lens = None if decode else forward_batch.extend_seq_lens.cpu()
         layout = self._page(forward_batch.req_pool_indices, seq_lens)
         if layout.status[0]:
-            self._report(layout)
+            self._report(layout.status)
             seq_lens = _readable_lens(layout, seq_lens)
         self.forward_metadata = ops.plan(layout, seq_lens, q_lens)
         if decode:
             self._count(layout, time.perf_counter() - start)
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
-        """Nothing: this path plans on the host, outside of graphs."""
+        """On a GPU: the layout and the work list of a decode step, from the snapshot alone."""
+        if isinstance(self.forward_metadata, GpuDecode):
+            self.forward_metadata.plan()
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        """Nothing to allocate: this path runs without graphs (``requirements``)."""
+        """Nothing: the constructor allocated all that a decode step needs, for any batch size."""
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         """Length of padded rows: one token, SGLang's padding slot."""
@@ -169,6 +185,19 @@ class FlashCoreSparseBackend(AttentionBackend):
         # Per layer, every time: HiCache waits for the layer's pages in these accessors.
         k_cache = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
         v_cache = self.token_to_kv_pool.get_value_buffer(layer.layer_id)
+        if isinstance(self.forward_metadata, GpuDecode):
+            out = torch.empty_like(q, memory_format=torch.contiguous_format)
+            sinks = kwargs.get("sinks")
+            self.forward_metadata.attend(
+                q,
+                k_cache,
+                v_cache,
+                out,
+                scale=layer.scaling,
+                logit_cap=layer.logit_cap or 0.0,
+                sinks=None if sinks is None else sinks.float(),
+            )
+            return out.view(q.shape[0], -1)
         out = ops.attend(
             q,
             k_cache,
@@ -180,6 +209,26 @@ class FlashCoreSparseBackend(AttentionBackend):
         )
         return out.view(q.shape[0], layer.tp_q_head_num * layer.v_head_dim)
 
+    def _make_gpu_decode(self, facts: ServingFacts) -> GpuDecode:
+        layer = facts.layers[0]
+        return GpuDecode(
+            page_size=self.page_size,
+            num_pages=self.num_pages,
+            max_rows=min(MAX_ROWS, self.req_to_token_pool.req_to_token.shape[0]),
+            max_tokens=self.req_to_token_pool.req_to_token.shape[1],
+            heads=layer.num_q_heads,
+            kv_heads=layer.num_kv_heads,
+            head_dim=layer.head_dim,
+            sharing=facts.sharing,
+            device=self.device,
+        )
+
+    def _snapshot(self, gpu: GpuDecode, forward_batch: Any) -> None:
+        if status := gpu.pager.violation():
+            self._report(status)
+        gpu.snapshot(self.req_to_token_pool.req_to_token, forward_batch.req_pool_indices, forward_batch.seq_lens)
+        self.forward_metadata = gpu
+
     def _page(self, req_pool_indices: torch.Tensor, seq_lens: torch.Tensor) -> CsrLayout:
         table = self.req_to_token_pool.req_to_token
         if table.device.type == "cpu":
@@ -190,13 +239,12 @@ class FlashCoreSparseBackend(AttentionBackend):
         index = torch.arange(1, len(rows)) * (req_pool_indices.cpu() != 0)
         return self._pager.step(rows, index, seq_lens)
 
-    def _report(self, layout: CsrLayout) -> None:
+    def _report(self, status: tuple[int, int, int, int]) -> None:
         """One line per kind of violation: the request reads the padding page there, and the server goes on."""
-        code = layout.status[0]
-        if code not in self._reported:
-            self._reported.add(code)
+        if status[0] not in self._reported:
+            self._reported.add(status[0])
             ids, width = f"0 <= slot < {self.num_pages * self.page_size}", self.req_to_token_pool.req_to_token.shape[1]
-            what = describe_status(layout.status, "req_to_token", "seq_lens", "seq_lens", ids, width)
+            what = describe_status(status, "req_to_token", "seq_lens", "seq_lens", ids, width)
             logger.error("%s: %s; read as padding, answers of this request are wrong. Please report this.", NAME, what)
 
     def _count(self, layout: CsrLayout, seconds: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+GPU_HEAD_DIMS, GPU_MAX_RATIO = (64, 128, 256), 16
 PAGE_SIZES = (1, 16, 32, 64, 128)
 """The page sizes that SGLang users choose from."""
 
@@ -19,6 +20,8 @@ class LayerFacts:
     layer_id: int
     num_q_heads: int
     num_kv_heads: int
+    head_dim: int = 64
+    v_head_dim: int = 64
     attn_type: str = "decoder"
     is_cross_attention: bool = False
     sliding_window_size: int = -1
@@ -31,6 +34,7 @@ class ServingFacts:
 
     sglang_version: str
     device: str = "cpu"
+    capability: str = ""
     page_size: int = 1
     kv_cache_dtype: str = "float32"
     pool_type: str = "MHATokenToKVPool"
@@ -41,7 +45,6 @@ class ServingFacts:
     speculative_algorithm: str | None = None
     deterministic: bool = False
     sharing: bool = True
-    cuda_graphs: bool = False
     triton_runs: bool = True
     layers: tuple[LayerFacts, ...] = ()
 
@@ -62,6 +65,8 @@ def refusals(facts: ServingFacts) -> list[str]:
     """Every reason not to serve, as ``<argument>: want <rule>, got <value>; <remedy>``; empty if it can serve."""
     reasons = [version_refusal(facts.sglang_version)]
     reasons += _model_refusals(facts) + _pool_refusals(facts) + _option_refusals(facts)
+    if facts.device == "cuda":
+        reasons += _gpu_refusals(facts)
     return [reason for reason in reasons if reason]
 
 
@@ -92,6 +97,44 @@ def _model_refusals(facts: ServingFacts) -> list[str | None]:
         (
             f"model: want a constant softmax scale, got one that depends on the position; {other}"
             if any(x.has_temperature for x in facts.layers)
+            else None
+        ),
+    ]
+
+
+def _gpu_refusals(facts: ServingFacts) -> list[str | None]:
+    """What the kernels of csrc/attention do not take."""
+    shapes = {(x.num_q_heads, x.num_kv_heads, x.head_dim, x.v_head_dim) for x in facts.layers}
+    dims = sorted({d for _, _, *both in shapes for d in both})
+    ratios = sorted({h // g for h, g, *_ in shapes if g})
+    return [
+        (
+            f"GPU: want a Hopper (compute capability 9.0), got {facts.capability}; serve with "
+            "--attention-backend flashinfer"
+            if not facts.capability.startswith("9.")
+            else None
+        ),
+        (
+            f"kv_cache_dtype: want bfloat16 or float16 on a GPU, got {facts.kv_cache_dtype}; "
+            "start with --dtype bfloat16"
+            if facts.kv_cache_dtype == "float32"
+            else None
+        ),
+        (
+            f"model: want one head dim of {', '.join(map(str, GPU_HEAD_DIMS))} in all layers, got {dims}; "
+            "serve it with --attention-backend fa3"
+            if len(shapes) > 1 or any(d not in GPU_HEAD_DIMS for d in dims) or len(dims) > 1
+            else None
+        ),
+        (
+            f"model: want at most {GPU_MAX_RATIO} query heads per KV head, got {ratios[-1]}; choose another --tp-size"
+            if ratios and ratios[-1] > GPU_MAX_RATIO
+            else None
+        ),
+        (
+            "deterministic inference: want another backend, as the kernels split by the load of the batch; serve with "
+            "--attention-backend fa3"
+            if facts.deterministic
             else None
         ),
     ]
@@ -135,12 +178,6 @@ def _option_refusals(facts: ServingFacts) -> list[str | None]:
             "deterministic inference: want sharing off, got on, and shared prefixes change the order of sums; set "
             "FLASHCORE_SHARING=0"
             if facts.deterministic and facts.sharing
-            else None
-        ),
-        (
-            "cuda graphs: want none on this path, which pages on the host, got decode graphs; start with "
-            "--disable-decode-cuda-graph"
-            if facts.device == "cuda" and facts.cuda_graphs
             else None
         ),
         (

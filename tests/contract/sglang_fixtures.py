@@ -90,33 +90,38 @@ class MiniScheduler:
         assert slots is not None, "the test's pool is too small"
         return slots
 
+    def match(self, tokens: list[int]) -> tuple[object, torch.Tensor]:
+        """The tree's node and slots for the longest cached prefix."""
+        key = RadixKey(array("q", tokens), None)
+        last = node = self.tree.match_prefix(MatchPrefixParams(key=key)).last_device_node
+        values = []
+        while node is not self.tree.root_node:
+            values.insert(0, node.value)
+            node = node.parent
+        return last, torch.cat(values) if values else torch.empty(0, dtype=torch.int64)
+
     def add(self, tokens: list[int]) -> tuple[int, int]:
         """Starts a request; returns its row and the length of the cached prefix. The caller runs the extend."""
-        key = RadixKey(array("q", tokens), None)
-        match = self.tree.match_prefix(MatchPrefixParams(key=RadixKey(array("q", tokens[:-1]), None)))
-        prefix = match.device_indices
-        self.tree.inc_lock_ref(match.last_device_node)
+        node, prefix = self.match(tokens[:-1])
+        self.tree.inc_lock_ref(node)
         row = self.free_rows.pop(0)
         self.table[row, : len(prefix)] = prefix.to(torch.int32)
         self.table[row, len(prefix) : len(tokens)] = self.alloc(len(tokens) - len(prefix)).to(torch.int32)
-        self.tokens[row], self.nodes[row] = list(tokens), match.last_device_node
-        del key
+        self.tokens[row], self.nodes[row] = list(tokens), node
         return row, len(prefix)
 
     def publish(self, row: int) -> None:
         """After its extend: the prompt joins the tree, duplicates are freed, the row takes the tree's slots."""
         tokens = self.tokens[row]
-        key = RadixKey(array("q", tokens), None)
         own = self.table[row, : len(tokens)].long().clone()
-        before = len(self.tree.match_prefix(MatchPrefixParams(key=key)).device_indices)
-        self.tree.insert(InsertParams(key=key, value=own.clone()))
-        match = self.tree.match_prefix(MatchPrefixParams(key=key))
-        duplicate = own[:before][own[:before] != match.device_indices[:before]]
-        self.allocator.free(duplicate)
-        self.table[row, : len(tokens)] = match.device_indices.to(torch.int32)
-        self.tree.inc_lock_ref(match.last_device_node)
+        before = len(self.match(tokens)[1])
+        self.tree.insert(InsertParams(key=RadixKey(array("q", tokens), None), value=own.clone()))
+        node, slots = self.match(tokens)
+        self.allocator.free(own[:before][own[:before] != slots[:before]])
+        self.table[row, : len(tokens)] = slots.to(torch.int32)
+        self.tree.inc_lock_ref(node)
         self.tree.dec_lock_ref(self.nodes[row])
-        self.nodes[row] = match.last_device_node
+        self.nodes[row] = node
         self.poison()
 
     def append(self, row: int, token: int) -> torch.Tensor:
@@ -147,4 +152,5 @@ class MiniScheduler:
             extend_seq_lens=lens,
             extend_prefix_lens=seq_lens - lens,
             out_cache_loc=torch.cat(slots),
+            out_cache_loc_is_physical=True,  # 0.5.23
         )

@@ -25,7 +25,6 @@ SYMBOLS = {
     "sglang.srt.layers.attention.base_attn_backend": ["AttentionBackend"],
     "sglang.srt.layers.radix_attention": ["RadixAttention", "AttentionType"],
     "sglang.srt.mem_cache.memory_pool": ["KVWriteLoc", "MHATokenToKVPool", "ReqToTokenPool"],
-    "sglang.srt.model_executor.cuda_graph_config": ["Backend", "Phase", "check_cuda_graph_backend"],
     "sglang.srt.plugins": ["load_plugins"],
     "sglang.srt.plugins.hook_registry": ["HookRegistry", "HookType"],
     "sglang.srt.server_args": ["ATTENTION_BACKEND_CHOICES", "add_attention_backend_choices"],

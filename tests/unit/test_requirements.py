@@ -45,7 +45,6 @@ def test_supported_configuration_is_not_refused(page_size, dtype):
         ({"pool_type": "PageMajorMHATokenToKVPool"}, "KV pool: want MHATokenToKVPool, got PageMajorMHATokenToKVPool"),
         ({"speculative_algorithm": "EAGLE"}, "speculative_algorithm: want none, got EAGLE; leave out"),
         ({"deterministic": True}, "deterministic inference: want sharing off, got on"),
-        ({"device": "cuda", "cuda_graphs": True}, "got decode graphs; start with --disable-decode-cuda-graph"),
         (
             {"page_size": 16, "triton_runs": False},
             "page_size: want 1 where Triton cannot run, got 16; set TRITON_INTERPRET=1",
@@ -55,6 +54,26 @@ def test_supported_configuration_is_not_refused(page_size, dtype):
 )
 def test_refusal_names_rule_value_and_remedy(changes, message):
     [reason] = refusals(replace(GOOD, **changes))
+    assert message in reason
+
+
+GPU = replace(GOOD, device="cuda", capability="9.0", kv_cache_dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"capability": "8.0"}, "GPU: want a Hopper (compute capability 9.0), got 8.0"),
+        ({"kv_cache_dtype": "float32"}, "kv_cache_dtype: want bfloat16 or float16 on a GPU, got float32"),
+        ({"layers": (LayerFacts(0, 8, 8, 96, 96),)}, "want one head dim of 64, 128, 256 in all layers, got [96]"),
+        ({"layers": (LayerFacts(0, 8, 8, 128, 64),)}, "want one head dim of 64, 128, 256 in all layers, got [64, 128]"),
+        ({"layers": (LayerFacts(0, 32, 1),)}, "model: want at most 16 query heads per KV head, got 32"),
+        ({"deterministic": True, "sharing": False}, "deterministic inference: want another backend"),
+    ],
+)
+def test_gpu_refusal_names_rule_value_and_remedy(changes, message):
+    assert refusals(GPU) == []
+    [reason] = refusals(replace(GPU, **changes))
     assert message in reason
 
 

@@ -1,0 +1,203 @@
+"""The pager on the GPU: the layout of ``layout.CsrPager`` without the host, for decode under CUDA graphs.
+
+A step is two launches. ``snapshot`` runs outside the graph and is the only reader of SGLang's table; ``build`` is
+captured in the graph and works on the snapshot alone. All buffers are made by the constructor and never move.
+csrc/pager/device_pager.h says how it works, what it costs and why its arrays are as large as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from flashcore_sglang import build
+from flashcore_sglang.config import CostModel
+from flashcore_sglang.config import cost_model as measured_cost_model
+from flashcore_sglang.layout import CsrLayout
+
+MAX_ROWS = 1024
+_INT_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class DeviceLayout:
+    """A layout in device memory: the arrays of ``CsrLayout`` at full capacity, of which ``sizes`` says what is used.
+
+    Attributes:
+        page_size:         tokens per page.
+        sizes:             [8] S, N, U, E, staged pages (0), whether it came about by appending, 0, 0.
+        status:            [4] as ``CsrLayout.status``.
+        row_order:         [B]
+        segment_rows:      [segments, 2]
+        segment_positions: [segments, 2]
+        page_indptr:       [segments + 1]
+        row_indptr:        [B + 1]
+        row_segments:      [entries]
+        segment_entries:   [segments + 1] first entry of each segment in ``table``: the page of its block b, from 0 on,
+                           is ``table[segment_entries[s] + b]``. In a kernel's arguments (``segment_entries``,
+                           ``table``) stand for (``page_indptr``, ``page_indices``). The last one is not used.
+        table:             [rows * pages] the snapshot.
+        page_indices, run_indptr, runs: as ``CsrLayout``; None unless the pager is canonical.
+    """
+
+    page_size: int
+    sizes: torch.Tensor
+    status: torch.Tensor
+    row_order: torch.Tensor
+    segment_rows: torch.Tensor
+    segment_positions: torch.Tensor
+    page_indptr: torch.Tensor
+    row_indptr: torch.Tensor
+    row_segments: torch.Tensor
+    segment_entries: torch.Tensor
+    table: torch.Tensor
+    page_indices: torch.Tensor | None
+    run_indptr: torch.Tensor | None
+    runs: torch.Tensor | None
+
+    def to_cpu(self) -> CsrLayout:
+        """The layout on the CPU, cut to its sizes. Synchronises. Raises ValueError unless the pager is canonical."""
+        if self.page_indices is None or self.run_indptr is None or self.runs is None:
+            raise ValueError("layout: want one of a canonical pager, got one whose pages lie in its snapshot")
+        segments, pages, runs, entries, _, appended, _, _ = self.sizes.tolist()
+        code, row, position, value = self.status.tolist()
+        return CsrLayout(
+            page_size=self.page_size,
+            row_order=self.row_order.cpu(),
+            segment_rows=self.segment_rows[:segments].cpu(),
+            segment_positions=self.segment_positions[:segments].cpu(),
+            page_indptr=self.page_indptr[: segments + 1].cpu(),
+            page_indices=self.page_indices[:pages].cpu(),
+            run_indptr=self.run_indptr[: segments + 1].cpu(),
+            runs=self.runs[:runs].cpu(),
+            row_indptr=self.row_indptr.cpu(),
+            row_segments=self.row_segments[:entries].cpu(),
+            staged_pages=torch.empty(0, dtype=torch.int32),
+            status=(code, row, position, value),
+            appended=bool(appended),
+        )
+
+
+class DevicePager:
+    """Layouts in device memory, equal to ``CsrPager``'s field by field.
+
+    Args:
+        page_size:  tokens per page: 1, 16, 32, 64, 128 or another power of two up to 1024.
+        max_rows:   the largest batch, padding included: 1 to 1024.
+        max_tokens: the longest request. Longer ones are cut and reported.
+        num_pages:  pages of the pool; ids outside are read as page 0 and reported.
+        cost_model: when sharing pays; None: the one measured on Hopper.
+        sharing:    False: every row reads its own pages.
+        canonical:  also write ``page_indices``, ``run_indptr`` and ``runs``, which repeat what the snapshot holds.
+        device:     a CUDA device.
+
+    Raises ValueError for sizes that are not served, RuntimeError if CUDA refuses.
+    """
+
+    def __init__(
+        self,
+        page_size: int,
+        *,
+        max_rows: int,
+        max_tokens: int,
+        num_pages: int,
+        cost_model: CostModel | None = None,
+        sharing: bool = True,
+        canonical: bool = False,
+        device: torch.device | str = "cuda",
+    ) -> None:
+        library = build.library("cuda")
+        cost = cost_model or measured_cost_model("hopper")
+        row_pages = -(-max_tokens // page_size)
+        ctas = torch.cuda.get_device_properties(device).multi_processor_count
+        arrays = library.device_pager_arrays(max_rows, row_pages, canonical, ctas)
+        self.page_size = page_size
+        self.max_rows = max_rows
+        self._spans = {str(name): (int(span[0]), int(span[1])) for name, span in arrays.items()}
+        _, total = self._spans.pop("")
+        self._memory = torch.zeros(total, dtype=torch.int32, device=device)
+        self._array("mismatch").fill_(_INT_MAX)
+        self._report = torch.zeros(1, dtype=torch.int64, pin_memory=True)
+        self._snapshot, self._build = library.make_device_pager(
+            self._memory,
+            self._report,
+            max_rows,
+            row_pages,
+            page_size,
+            min(num_pages, _INT_MAX),
+            sharing,
+            canonical,
+            ctas,
+            cost.token_cost,
+            cost.segment_cost,
+            cost.partial_cost,
+        )
+
+    @property
+    def mebibytes(self) -> float:
+        """Device memory of all buffers."""
+        return self._memory.numel() * 4 / 2**20
+
+    def snapshot(self, req_to_token: torch.Tensor, req_pool_indices: torch.Tensor, seq_lens: torch.Tensor) -> None:
+        """Copies what the batch reads; the step's ``build`` and attention read the copy. One launch, current stream.
+
+        Args:
+            req_to_token:     [pool, max_context] int32, slot of each position, last stride 1. Row 0 is SGLang's padding
+                              row: requests that point at it are never grouped.
+            req_pool_indices: [B] int32 or int64, row of each request.
+            seq_lens:         [B] int32 or int64, tokens of each request, 0 allowed.
+
+        Raises ValueError for a wrong shape, dtype or device. What the tables hold is never an error: see ``violation``.
+        """
+        self._snapshot(self._memory, req_to_token, req_pool_indices, seq_lens)
+
+    def build(self) -> None:
+        """The layout of the last snapshot, into the buffers of ``layout``. One launch, current stream, capturable.
+
+        Two pagers may build at the same time; one pager is used from one stream at a time.
+        """
+        self._build(self._memory)
+
+    def layout(self, num_rows: int) -> DeviceLayout:
+        """The buffers that ``build`` writes, for a batch of ``num_rows``. Views, the same memory every time."""
+        if not 1 <= num_rows <= self.max_rows:
+            raise ValueError(f"num_rows: want 1 .. {self.max_rows}, got {num_rows}")
+        canonical = self._spans["page_indices"][1] > 0
+        return DeviceLayout(
+            page_size=self.page_size,
+            sizes=self._array("sizes"),
+            status=self._array("status"),
+            row_order=self._array("row_order")[:num_rows],
+            segment_rows=self._array("segment_rows").view(-1, 2),
+            segment_positions=self._array("segment_positions").view(-1, 2),
+            page_indptr=self._array("page_indptr"),
+            row_indptr=self._array("row_indptr")[: num_rows + 1],
+            row_segments=self._array("row_segments"),
+            segment_entries=self._array("segment_entries"),
+            table=self._array("table"),
+            page_indices=self._array("page_indices") if canonical else None,
+            run_indptr=self._array("run_indptr") if canonical else None,
+            runs=self._array("runs").view(-1, 2) if canonical else None,
+        )
+
+    def violation(self) -> tuple[int, int, int, int] | None:
+        """A bound that an earlier step violated, as ``CsrLayout.status``; None if there was none since the last call.
+
+        Reads one word of pinned memory that the GPU writes: no synchronisation, so a step in flight is not in it yet.
+        ``layout.describe_status`` puts it into words.
+        """
+        report = int(self._report[0])
+        if report == 0:
+            return None
+        self._report[0] = 0
+        word = (
+            ~report
+        )  # bit 62: an id, not a range; 52 .. 61 row; 32 .. 51 block, or the code of a range; 0 .. 31 value
+        row, block_or_code = word >> 52 & 0x3FF, word >> 32 & 0xFFFFF
+        value = (word & 0xFFFFFFFF) - (word >> 31 & 1) * 2**32
+        return (1, row, block_or_code * self.page_size, value) if word >> 62 & 1 else (block_or_code, row, 0, value)
+
+    def _array(self, name: str) -> torch.Tensor:
+        offset, elements = self._spans[name]
+        return self._memory[offset : offset + elements]

@@ -1,0 +1,106 @@
+"""Decode on a Hopper GPU: snapshot -> pager -> schedule -> attention -> merge, all in device memory.
+
+``snapshot`` is launched outside the CUDA graph and is the only reader of SGLang's tables; ``plan`` and ``attend`` are
+captured. Every buffer is allocated by the constructor and never moves, so graphs of several batch sizes share them.
+"""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from flashcore_sglang import build
+from flashcore_sglang.config import config_dir
+from flashcore_sglang.device_pager import MAX_ROWS, DevicePager
+
+
+class GpuDecode:
+    """Attention of one query token per request over its paged KV cache; defined by ``reference.extend``.
+
+    Args:
+        page_size, num_pages: of the KV pool.
+        max_rows:   the largest batch, padding included.
+        max_tokens: the longest request.
+        heads, kv_heads, head_dim: of the model's attention on this GPU.
+        sharing:    False: every request reads its own pages.
+        device:     a Hopper GPU.
+
+    Raises ValueError for sizes that are not served, RuntimeError if the library cannot be compiled.
+    """
+
+    def __init__(
+        self,
+        *,
+        page_size: int,
+        num_pages: int,
+        max_rows: int,
+        max_tokens: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        sharing: bool = True,
+        device: torch.device | str = "cuda",
+    ) -> None:
+        if not 1 <= max_rows <= MAX_ROWS:
+            raise ValueError(f"max_rows: want 1 .. {MAX_ROWS}, got {max_rows}")
+        self.page_size, self.max_rows = page_size, max_rows
+        self._heads, self._kv_heads, self._head_dim = heads, kv_heads, head_dim
+        self._library = build.library("cuda")
+        self.pager = DevicePager(
+            page_size, max_rows=max_rows, max_tokens=max_tokens, num_pages=num_pages, sharing=sharing, device=device
+        )
+        self._layout = self.pager.layout(max_rows)
+        self._segments = self._layout.segment_rows.shape[0]
+        self._partials = max(2048, 8 * max_rows)
+        costs = json.loads((config_dir() / "schedule.json").read_text())["hopper"]
+        self._costs = (costs["wide_ns"], costs["narrow_ns"], costs["hbm_ps"])
+        size = self._library.decode_workspace_bytes(max_rows, self._segments, heads, kv_heads, head_dim, self._partials)
+        self._workspace = torch.zeros(size, dtype=torch.uint8, device=device)
+
+    @property
+    def mebibytes(self) -> float:
+        """Device memory of all buffers."""
+        return self.pager.mebibytes + self._workspace.numel() / 2**20
+
+    def snapshot(self, req_to_token: torch.Tensor, req_pool_indices: torch.Tensor, seq_lens: torch.Tensor) -> None:
+        """Copies what the batch reads; arguments as for ``DevicePager.snapshot``. Not for capture."""
+        self.pager.snapshot(req_to_token, req_pool_indices, seq_lens)
+        self._layout = self.pager.layout(req_pool_indices.numel())
+
+    def plan(self) -> None:
+        """Segments and work list of the last snapshot's batch, once for all layers. Capturable."""
+        x = self._layout
+        self.pager.build()
+        self._library.decode_schedule(
+            x.sizes, x.row_order, x.segment_rows, x.segment_positions, x.segment_entries, x.table, x.row_indptr,
+            x.row_segments, self._workspace, self.page_size, self._heads, self._kv_heads, self._head_dim,
+            self._partials, *self._costs,
+        )  # fmt: skip
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        scale: float,
+        logit_cap: float = 0.0,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of the planned batch, into ``out``. Capturable.
+
+        Args:
+            q:       [B, H, D] bf16 or fp16, heads and dims contiguous. k_cache, v_cache: [slots, G, D], token-major.
+            out:     [B, H, D], written and returned. A request of length 0 gives zeros.
+            scale:   multiplies q.k. logit_cap: 0 is none. sinks: [H] float32, the logit of a key without a value.
+
+        Raises ValueError for shapes, dtypes or devices that do not fit.
+        """
+        x = self._layout
+        self._library.decode(
+            q, k_cache, v_cache, x.table, x.row_indptr, x.row_segments, self._workspace, out, self._segments,
+            self._partials, self.page_size, scale, logit_cap, sinks,
+        )  # fmt: skip
+        return out
