@@ -5,6 +5,7 @@
 #include <tvm/ffi/function.h>
 #include <tvm/ffi/optional.h>
 
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 
@@ -47,7 +48,8 @@ template <class T>
 const T* vector_of(const Optional<TensorView>& t, const char* name, int64_t num_rows) {
   if (!t.has_value()) return nullptr;
   check_tensor(t.value(), name, 8 * sizeof(T), num_rows);
-  FC_CHECK(t.value().ndim() == 1 && t.value().IsContiguous()) << name << ": want a contiguous vector";
+  FC_CHECK(t.value().ndim() == 1 && (t.value().numel() <= 1 || t.value().IsContiguous()))
+      << name << ": want a contiguous vector";
   return static_cast<const T*>(t.value().data_ptr());
 }
 

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
+_COST_LIMIT = 2**30  # its product with 2**20 tokens and 2**10 rows fits 64 bits
+
+
 @dataclass(frozen=True)
 class CostModel:
     """What the pager weighs when it decides whether rows read a common prefix together or each by itself.
@@ -29,8 +32,8 @@ class CostModel:
     def __post_init__(self) -> None:
         for name in ("token_cost", "segment_cost", "partial_cost"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name}: want an integer >= 0, got {value!r}")
+            if not isinstance(value, int) or not 0 <= value <= _COST_LIMIT:
+                raise ValueError(f"{name}: want an integer, 0 <= cost <= {_COST_LIMIT}, got {value!r}")
 
 
 SHARE_ALWAYS = CostModel()

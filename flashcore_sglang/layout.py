@@ -176,7 +176,7 @@ class CsrPager:
 
     Args:
         page_size:  tokens per page.
-        num_pages:  pages of the pool; None: ids are not bounded above.
+        num_pages:  pages of the pool, of at most 2**31 slots; None: ids are not bounded above.
         cost_model: when sharing pays; None: the measured one.
         sharing:    False: every row reads its own pages.
     """
@@ -190,6 +190,8 @@ class CsrPager:
         sharing: bool = True,
     ) -> None:
         _want_page_size("page_size", page_size)
+        if num_pages is not None and (num_pages < 1 or num_pages * page_size > 2**31):
+            raise ValueError(f"num_pages: want 1 to {2**31 // page_size}, got {num_pages}")
         cost = cost_model or measured_cost_model("cpu")
         self.page_size = page_size
         self.sharing = sharing
@@ -286,7 +288,7 @@ def _bitmap(t: torch.Tensor | None, num_pages: int) -> tuple[torch.Tensor | None
             f"page_resident_bitmap: want [{num_pages}] bool or uint8, or [{(num_pages + 31) // 32}] int32 of packed "
             f"bits, on the CPU, got {_describe(t)}"
         )
-    return t.contiguous().view(torch.uint8), packed
+    return t.clone(memory_format=torch.contiguous_format).view(torch.uint8), packed
 
 
 def describe_status(status: tuple[int, int, int, int], table: str, starts: str, ends: str, ids: str, width: int) -> str:

@@ -180,8 +180,7 @@ Forest build_forest(const Snapshot& s, const CostModel& cost) {
     if (first_shared[k] > start) forest.segments.push_back({k, k + 1, start, first_shared[k]});
     const int32_t begin = std::max(reached[k], start);
     if (begin < end) forest.segments.push_back({k, k + 1, begin, end});
-    if (s.may_share[row] && begin >= end) forest.appendable = false;
-    if (begin >= end && start == end) forest.appendable = false;  // an empty row that grows joins the order anew
+    if (start == end) forest.appendable = false;  // an empty row that grows joins the order anew
   }
   std::sort(forest.segments.begin(), forest.segments.end(), [](const Segment& a, const Segment& b) {
     return a.row_begin != b.row_begin ? a.row_begin < b.row_begin : a.begin < b.begin;

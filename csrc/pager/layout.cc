@@ -53,7 +53,7 @@ class Emitter {
   const Residency& resident_;
 };
 
-// Row -> segments. Segments are visited in order, and those of one row have increasing positions.
+// Row -> segments by increasing position. A row that starts alone has its head piece after its group in segment order.
 void index_rows(Layout* out) {
   const int64_t num_rows = out->row_order.size(), num_segments = out->segment_rows.size() / 2;
   out->row_indptr.assign(num_rows + 1, 0);
@@ -68,6 +68,10 @@ void index_rows(Layout* out) {
   out->row_segments.resize(out->row_indptr[num_rows]);
   std::vector<int32_t> cursor(out->row_indptr.begin(), out->row_indptr.end() - 1);
   for_each_read([&](int32_t row, int64_t seg) { out->row_segments[cursor[row]++] = seg; });
+  for (int64_t r = 0; r < num_rows; ++r) {
+    std::sort(out->row_segments.begin() + out->row_indptr[r], out->row_segments.begin() + out->row_indptr[r + 1],
+              [&](int32_t a, int32_t b) { return out->segment_positions[2 * a] < out->segment_positions[2 * b]; });
+  }
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // The private copy of what a batch reads. Every later decision is taken from it and never from SGLang's live
 // table, which the scheduler rewrites while a step runs.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -12,7 +13,9 @@ struct Status {
   int32_t code = kOk, row = 0, position = 0, value = 0;
 
   void report(Code c, int64_t r, int64_t p, int64_t v) {
-    if (code == kOk) *this = {c, static_cast<int32_t>(r), static_cast<int32_t>(p), static_cast<int32_t>(v)};
+    if (code == kOk)
+      *this = {c, static_cast<int32_t>(r), static_cast<int32_t>(p),
+               static_cast<int32_t>(std::clamp<int64_t>(v, INT32_MIN, INT32_MAX))};
   }
 };
 
