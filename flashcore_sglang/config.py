@@ -7,7 +7,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-
 _COST_LIMIT = 2**30  # its product with 2**20 tokens and 2**10 rows fits 64 bits
 
 

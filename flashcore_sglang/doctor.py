@@ -327,7 +327,7 @@ def build_libraries(kinds: list[str]) -> int:
         print(f"[{time.time() - started:4.0f} s] {words}", file=sys.stderr, flush=True)
 
     for kind in kinds:
-        say(f"compiling the {kind} library")
+        say(f"{kind} library: compiling, unless it is there")
         try:
             say(f"{kind} library: {build.build(kind)}")
         except (RuntimeError, OSError) as error:

@@ -69,6 +69,11 @@ _install_cpu() {
     _pip "$1" install --no-deps -r "$requirements" --extra-index-url https://download.pytorch.org/whl/cpu
 }
 
+_make_venv() {
+  local python
+  python=$(_find_python "$2") && "$python" -m venv "$1"
+}
+
 # The second SGLang version lies on top of the first environment: a .pth file after its own packages.
 _make_overlay() {
   local python=$2/bin/python
@@ -82,16 +87,13 @@ _install_package() { _pip "$1" install --no-deps --force-reinstall -e "$flashcor
 # Every step names its failure itself; "|| return" because errexit is off in what a caller tests.
 _prepare_locked() {
   local device=$1 version=$2 base=$3 venv=$4 dev=$5
-  local scripts=$flashcore_root/scripts package python python_key
+  local scripts=$flashcore_root/scripts package
   package="$(_hash "$flashcore_root/pyproject.toml") $flashcore_root"
-  python=$(_find_python "$device") || return
-  python_key="$("$python" -c 'import platform; print(platform.python_version())') $device $base"
-
-  if [[ -f $base/.flashcore-python && $(<"$base/.flashcore-python") != "$python_key" ]]; then
-    progress "making $base anew: it was made for another Python, place or device"
-    rm -rf "$base"
+  if [[ -f $base/.flashcore-venv && $(<"$base/.flashcore-venv") != "$device, in $base" ]]; then
+    fail "$base: want an environment for $device, in $base, got one for $(<"$base/.flashcore-venv"); remove it"
+    return 1
   fi
-  _step "$base" python "$python_key" "making $base with $python" "$python" -m venv "$base" || return
+  _step "$base" venv "$device, in $base" "making $base" _make_venv "$base" "$device" || return
   if [[ $device == cuda ]]; then
     _step "$base" sglang "$version" "installing SGLang $version with CUDA (several GB)" \
       _pip "$base" install "sglang==$version" gguf==0.19.0 || return
@@ -108,9 +110,9 @@ _prepare_locked() {
   if [[ $venv == "$base" ]]; then return; fi
 
   # A second SGLang version, on top of the first.
-  local requirements=$scripts/requirements-cpu-$version.txt below
-  below="$python_key $(<"$base/.flashcore-sglang")"
-  _step "$venv" python "$below" "making $venv on top of $base" _make_overlay "$venv" "$base" || return
+  local requirements=$scripts/requirements-cpu-$version.txt
+  _step "$venv" venv "$base $(<"$base/.flashcore-sglang")" "making $venv on top of $base" \
+    _make_overlay "$venv" "$base" || return
   _step "$venv" sglang "$(_hash "$requirements")" "installing SGLang $version for the CPU" \
     _pip "$venv" install --no-deps -r "$requirements" || return
   _step "$venv" package "$package" "installing flashcore-sglang (editable)" _install_package "$venv"
@@ -128,6 +130,7 @@ prepare_environment() {
   esac
   venv=$base
   if [[ $flashcore_device_path == cpu && $version != 0.5.16 ]]; then venv=$base-$version; fi
+  if [[ $base != /* ]]; then base=$PWD/$base venv=$PWD/$venv; fi
   mkdir -p "$(dirname "$base")"
   (
     if ! flock --nonblock 9; then

@@ -46,11 +46,16 @@ for argument in "$@"; do
   fi
 done
 
+host=$(option --host 127.0.0.1 "$@")
+port=$(option --port 30000 "$@")
 # With FLASHCORE_DRY_RUN set, nothing is made or started: the server's command line is printed.
 dry_run=${FLASHCORE_DRY_RUN-}
 if [[ -n $dry_run ]]; then
   flashcore_device_path=$(flashcore_device)
 else
+  if (: <"/dev/tcp/$host/$port") 2>/dev/null; then # SGLang would say so only after it has loaded the model
+    fail "port: want a free one, got $port where something listens; pass another with --port"
+  fi
   prepare_environment
 fi
 
@@ -76,8 +81,6 @@ if [[ -z $(option --config '' "$@") ]]; then
   fi
 fi
 model=$(option --served-model-name "$model" "$@")
-host=$(option --host 127.0.0.1 "$@")
-port=$(option --port 30000 "$@")
 
 if [[ -n $dry_run ]]; then
   printf '%s\n' "${arguments[@]}" "$@"
@@ -86,6 +89,18 @@ fi
 
 python -m flashcore_sglang build
 progress "starting SGLang on http://$host:$port"
-python "$flashcore_root/scripts/announce.py" --host "$host" --port "$port" --model "$model" --server-pid $$ &
-# exec: the server is the process in the foreground, so Ctrl-C and its exit code are its own.
-exec python -m sglang.launch_server "${arguments[@]}" "$@"
+python -m sglang.launch_server "${arguments[@]}" "$@" &
+server=$!
+python "$flashcore_root/scripts/announce.py" --host "$host" --port "$port" --model "$model" --server-pid "$server" &
+
+# Python loses a Ctrl-C that falls into its imports, so the server is ended by SIGTERM: by itself once it serves, after
+# the requests under way. A second Ctrl-C ends it at once. Its other processes end with it.
+stop() {
+  trap 'kill -KILL "$server"' INT TERM
+  progress "stopping (once more: at once)"
+  kill -TERM "$server" 2>/dev/null || true
+  while kill -0 "$server" 2>/dev/null; do wait "$server" || true; done
+  exit 130
+}
+trap stop INT TERM
+wait "$server"
