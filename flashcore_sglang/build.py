@@ -41,8 +41,17 @@ KINDS = ("cpu", "cuda")
 # "a": wgmma and setmaxnreg. Never -arch=sm_90: that pass drops them silently (csrc/common/ptx.cuh guards it).
 ARCH = "-gencode=arch=compute_90a,code=sm_90a"
 CXX_FLAGS = ("-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra", "-Werror")
-NVCC_FLAGS = ("-std=c++20", "-O3", "-DNDEBUG", "-lineinfo", ARCH, "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall",
-              "-Xptxas", "-v,--warn-on-spills,--warn-on-local-memory-usage")
+NVCC_FLAGS = (
+    "-std=c++20",
+    "-O3",
+    "-DNDEBUG",
+    "-lineinfo",
+    ARCH,
+    "-Xcompiler",
+    "-fPIC,-fvisibility=hidden,-Wall",
+    "-Xptxas",
+    "-v,--warn-on-spills,--warn-on-local-memory-usage",
+)
 _INCLUDE = re.compile(rb'^\s*#\s*include\s*"([^"]+)"', re.M)
 
 
@@ -98,7 +107,7 @@ def _units(kind: str) -> list[Path]:
 
 
 def _compile_command(kind: str) -> list[str]:
-    include = [f"-I{csrc_dir()}", f"-isystem{find_include_path()}"]
+    include = [f"-I{csrc_dir()}", f"-I{find_include_path()}"]
     if kind == "cpu":
         return [cxx(), *CXX_FLAGS, *_cpu_arch(), *include]
     return [nvcc(), *NVCC_FLAGS, *include]
@@ -119,7 +128,7 @@ def _with_headers(unit: Path) -> list[Path]:
 
 def _hash(command: list[str], files: list[Path]) -> str:
     # Paths are left out: a checkout that moves keeps its builds.
-    words = [w for w in command[1:] if not w.startswith(("-I", "-isystem"))]
+    words = [w for w in command[1:] if not w.startswith("-I")]
     h = hashlib.sha256("\0".join([tvm_ffi.__version__, _compiler_version(command[0]), *words]).encode())
     for f in files:
         h.update(f.name.encode() + b"\0" + f.read_bytes() + b"\0")
