@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,7 +21,8 @@ from flashcore_sglang.device_pager import MAX_ROWS
 from flashcore_sglang.gpu_decode import GpuDecode
 from flashcore_sglang.layout import CsrLayout, CsrPager, describe_status
 from flashcore_sglang.plugin import NAME, triton_runs
-from flashcore_sglang.requirements import LayerFacts, ServingFacts, refusals
+from flashcore_sglang.requirements import LayerFacts, ServingFacts, refusals, version_warning
+from flashcore_sglang.statistics import DecodeStatistics, GpuStatistics, ViolationLog
 
 logger = logging.getLogger("flashcore_sglang")
 
@@ -37,6 +37,7 @@ def facts_of(model_runner: Any) -> ServingFacts:
         device=device,
         capability="{}.{}".format(*torch.cuda.get_device_capability()) if device == "cuda" else "",
         page_size=model_runner.page_size,
+        model_dtype=str(model_runner.dtype).removeprefix("torch."),
         kv_cache_dtype=str(model_runner.kv_cache_dtype).removeprefix("torch."),
         pool_type=type(pool).__name__,
         head_major_pool=bool(getattr(pool, "use_hnd", False)),
@@ -45,7 +46,8 @@ def facts_of(model_runner: Any) -> ServingFacts:
         is_hybrid_swa=bool(model_runner.is_hybrid_swa),
         speculative_algorithm=args.speculative_algorithm,
         deterministic=bool(args.enable_deterministic_inference),
-        sharing=env.sharing(),
+        context_parallel=max(getattr(args, "dcp_size", 1) or 1, getattr(args, "attn_cp_size", 1) or 1),
+        torch_compile=bool(getattr(args, "enable_torch_compile", False)),
         triton_runs=triton_runs(),
         layers=tuple(
             LayerFacts(
@@ -58,22 +60,13 @@ def facts_of(model_runner: Any) -> ServingFacts:
                 is_cross_attention=x.is_cross_attention,
                 sliding_window_size=x.sliding_window_size,
                 has_temperature=getattr(x, "xai_temperature_len", -1) > 0,
+                is_chunked_local=bool(x.use_irope and getattr(model_runner, "attention_chunk_size", None)),
+                logit_capping_method=x.logit_capping_method if x.logit_cap else "tanh",
+                pos_encoding_mode=x.pos_encoding_mode,
             )
             for x in layers
         ),
     )
-
-
-@dataclass
-class Statistics:
-    """Since the last line in the log."""
-
-    steps: int = 0
-    tokens_wanted: int = 0
-    tokens_read: int = 0
-    appended: int = 0
-    pager_seconds: float = 0.0
-    since: float = field(default_factory=time.monotonic)
 
 
 class FlashCoreSparseBackend(AttentionBackend):
@@ -95,6 +88,9 @@ class FlashCoreSparseBackend(AttentionBackend):
         facts = facts_of(model_runner)
         if reasons := refusals(facts):
             raise ValueError(f"{NAME} cannot serve this configuration:\n" + "\n".join(f"  - {r}" for r in reasons))
+        if warning := version_warning(facts.sglang_version):
+            logger.warning(warning)
+        sharing = env.sharing()
         self.device = model_runner.device
         self.req_to_token_pool = model_runner.req_to_token_pool
         self.token_to_kv_pool = model_runner.token_to_kv_pool
@@ -102,11 +98,13 @@ class FlashCoreSparseBackend(AttentionBackend):
         self.page_size = facts.page_size
         self.num_pages = (self.token_to_kv_pool.size + self.page_size) // self.page_size  # page 0 is SGLang's padding
         self.forward_metadata: ops.AttentionPlan | GpuDecode | None = None
-        self._gpu = self._make_gpu_decode(facts) if facts.device == "cuda" else None
-        self._pager = CsrPager(self.page_size, num_pages=self.num_pages, sharing=facts.sharing)
-        self._log_interval = env.log_interval()
-        self._stats = Statistics()
-        self._reported: set[int] = set()
+        self._gpu = self._make_gpu_decode(facts, sharing) if facts.device == "cuda" else None
+        self._pager = CsrPager(self.page_size, num_pages=self.num_pages, sharing=sharing)
+        self._statistics = DecodeStatistics(logger, env.log_interval())
+        self._violations = ViolationLog(logger)
+        if self._gpu:
+            sizes = self._gpu.pager.layout(1).sizes
+            self._gpu_statistics = GpuStatistics(logger, env.log_interval(), sizes, self.page_size)
         logger.warning(
             "%s serves on %s with %s: page size %d, %d pages, KV %s, prefix sharing %s",
             NAME,
@@ -117,7 +115,7 @@ class FlashCoreSparseBackend(AttentionBackend):
             self.page_size,
             self.num_pages,
             facts.kv_cache_dtype,
-            "on" if facts.sharing else "off (FLASHCORE_SHARING=0)",
+            "on" if sharing else "off (FLASHCORE_SHARING=0)",
         )
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
@@ -132,7 +130,8 @@ class FlashCoreSparseBackend(AttentionBackend):
             self._snapshot(self._gpu, forward_batch)
             return
         if in_capture:
-            raise ValueError(f"{NAME}: want CUDA graphs of at most {MAX_ROWS} requests, got {forward_batch.batch_size}")
+            most = f"at most {self._gpu.max_rows} requests" if self._gpu else "none on a CPU"
+            raise ValueError(f"{NAME}: CUDA graphs: want {most}, got {forward_batch.batch_size}")
         start = time.perf_counter()
         seq_lens = forward_batch.seq_lens.cpu()
         q_lens = None if decode else forward_batch.extend_seq_lens.cpu()
@@ -142,7 +141,7 @@ class FlashCoreSparseBackend(AttentionBackend):
             seq_lens = _readable_lens(layout, seq_lens)
         self.forward_metadata = ops.plan(layout, seq_lens, q_lens)
         if decode:
-            self._count(layout, time.perf_counter() - start)
+            self._statistics.count(layout, time.perf_counter() - start)
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
         """On a GPU: the layout and the work list of a decode step, from the snapshot alone."""
@@ -178,54 +177,51 @@ class FlashCoreSparseBackend(AttentionBackend):
         save_kv_cache: bool,
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
-        assert self.forward_metadata is not None, "forward before init_forward_metadata"
+        plan = self.forward_metadata
+        assert plan is not None, "forward before init_forward_metadata"
+        if unknown := sorted(name for name, value in kwargs.items() if name != "sinks" and value is not None):
+            raise ValueError(f"{NAME}: want no argument but sinks from the model, got {', '.join(unknown)}")
         if save_kv_cache and k is not None and v is not None:
             self.token_to_kv_pool.set_kv_buffer(layer, _write_loc(forward_batch), k, v)
         q = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         # Per layer, every time: HiCache waits for the layer's pages in these accessors.
         k_cache = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
         v_cache = self.token_to_kv_pool.get_value_buffer(layer.layer_id)
-        if isinstance(self.forward_metadata, GpuDecode):
-            out = torch.empty_like(q, memory_format=torch.contiguous_format)
-            sinks = kwargs.get("sinks")
-            self.forward_metadata.attend(
-                q,
-                k_cache,
-                v_cache,
-                out,
-                scale=layer.scaling,
-                logit_cap=layer.logit_cap or 0.0,
-                sinks=None if sinks is None else sinks.float(),
-            )
-            return out.view(q.shape[0], -1)
-        out = ops.attend(
-            q,
-            k_cache,
-            v_cache,
-            self.forward_metadata,
-            scale=layer.scaling,
-            logit_cap=layer.logit_cap or 0.0,
-            sinks=kwargs.get("sinks"),
-        )
-        return out.view(q.shape[0], layer.tp_q_head_num * layer.v_head_dim)
+        # Data-parallel attention may pad the tokens; what is past the plan's belongs to no request.
+        tokens, padded = plan.num_tokens, q.shape[0]
+        new = q.new_empty if tokens == padded else q.new_zeros
+        out = new(padded, layer.tp_q_head_num, layer.v_head_dim)
+        sinks = kwargs.get("sinks")
+        options = {
+            "scale": layer.scaling,
+            "logit_cap": layer.logit_cap or 0.0,
+            "sinks": None if sinks is None else sinks.float(),
+        }
+        if isinstance(plan, GpuDecode):
+            plan.attend(q[:tokens], k_cache, v_cache, out[:tokens], **options)
+        else:
+            ops.attend(q[:tokens], k_cache, v_cache, plan, out=out[:tokens], **options)
+        return out.view(padded, -1)
 
-    def _make_gpu_decode(self, facts: ServingFacts) -> GpuDecode:
+    def _make_gpu_decode(self, facts: ServingFacts, sharing: bool) -> GpuDecode:
         layer = facts.layers[0]
+        table = self.req_to_token_pool.req_to_token
         return GpuDecode(
             page_size=self.page_size,
             num_pages=self.num_pages,
-            max_rows=min(MAX_ROWS, self.req_to_token_pool.req_to_token.shape[0]),
-            max_tokens=self.req_to_token_pool.req_to_token.shape[1],
+            max_rows=min(MAX_ROWS, table.shape[0]),
+            max_tokens=min(table.shape[1], self.num_pages * self.page_size),
             heads=layer.num_q_heads,
             kv_heads=layer.num_kv_heads,
             head_dim=layer.head_dim,
-            sharing=facts.sharing,
+            sharing=sharing,
             device=self.device,
         )
 
     def _snapshot(self, gpu: GpuDecode, forward_batch: Any) -> None:
         if status := gpu.pager.violation():
             self._report(status)
+        self._gpu_statistics.before_step(forward_batch.seq_lens)
         gpu.snapshot(self.req_to_token_pool.req_to_token, forward_batch.req_pool_indices, forward_batch.seq_lens)
         self.forward_metadata = gpu
 
@@ -235,42 +231,15 @@ class FlashCoreSparseBackend(AttentionBackend):
             return self._pager.step(table, req_pool_indices, seq_lens)
         # One copy of the rows in question; entry 0 of the copy stands for SGLang's padding row.
         width = int(seq_lens.max()) if seq_lens.numel() else 0
-        rows = torch.cat([table[:1, :width], table[req_pool_indices, :width]]).cpu()
+        wanted = table[req_pool_indices.clamp(0, table.shape[0] - 1), :width]
+        rows = torch.cat([table[:1, :width], wanted]).cpu()
         index = torch.arange(1, len(rows)) * (req_pool_indices.cpu() != 0)
         return self._pager.step(rows, index, seq_lens)
 
     def _report(self, status: tuple[int, int, int, int]) -> None:
-        """One line per kind of violation: the request reads the padding page there, and the server goes on."""
-        if status[0] not in self._reported:
-            self._reported.add(status[0])
-            ids, width = f"0 <= slot < {self.num_pages * self.page_size}", self.req_to_token_pool.req_to_token.shape[1]
-            what = describe_status(status, "req_to_token", "seq_lens", "seq_lens", ids, width)
-            logger.error("%s: %s; read as padding, answers of this request are wrong. Please report this.", NAME, what)
-
-    def _count(self, layout: CsrLayout, seconds: float) -> None:
-        stats = self._stats
-        stats.steps += 1
-        stats.tokens_wanted += layout.tokens_wanted
-        stats.tokens_read += layout.tokens_stored
-        stats.appended += layout.appended
-        stats.pager_seconds += seconds
-        if self._log_interval and stats.steps >= self._log_interval:
-            logger.warning(
-                "%s: %d decode steps in %.1f s, last of %d requests in %d segments; KV tokens read %d of %d "
-                "(%.2fx shared), pager %.2f ms per step, %d of them appended; PyTorch on %s",
-                NAME,
-                stats.steps,
-                time.monotonic() - stats.since,
-                layout.num_rows,
-                layout.num_segments,
-                stats.tokens_read,
-                stats.tokens_wanted,
-                stats.tokens_wanted / max(1, stats.tokens_read),
-                1e3 * stats.pager_seconds / stats.steps,
-                stats.appended,
-                self.device,
-            )
-            self._stats = Statistics()
+        """The request reads the padding page where its table is wrong, and the server goes on."""
+        ids, width = f"0 <= slot < {self.num_pages * self.page_size}", self.req_to_token_pool.req_to_token.shape[1]
+        self._violations.report(describe_status(status, "req_to_token", "seq_lens", ids, width))
 
 
 def _write_loc(forward_batch: Any) -> KVWriteLoc:

@@ -3,7 +3,7 @@
     python -m flashcore_sglang                      report; exit code 0 if it can serve, 1 if not
     python -m flashcore_sglang build [cpu] [cuda]   compile the libraries ahead of serving
 
-Nothing of torch or SGLang is imported, so the report also comes where they are missing or broken.
+Neither torch nor SGLang is imported, so the report also comes where they are missing or broken.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def problems(machine: Machine) -> list[str]:
 
 def refused() -> list[str]:
     """What the backend refuses at start on any machine: its own messages, for one example each."""
-    served = ServingFacts(sglang_version=SGLANG_MAX)
+    served = ServingFacts(sglang_version=SGLANG_MAX, layers=(LayerFacts(0, 8, 2),))
     examples: tuple[dict[str, Any], ...] = (
         {"is_mla": True},
         {"is_encoder_decoder": True},
@@ -302,16 +302,17 @@ def _cutlass() -> str | None:
 
 
 def _library(kind: str) -> Library:
-    """The newest build in the cache, or else whether there is a compiler to make one."""
+    """The library of these sources if it is built, or else whether there is a compiler to make it."""
     try:
         from flashcore_sglang import build
 
-        built = sorted(build.cache_dir().glob(f"{kind}-*/flashcore_{kind}.so"), key=lambda path: path.stat().st_mtime)
-        if not built:
-            _ = build.cxx() if kind == "cpu" else build.nvcc()
+        path = build.library_path(kind)
+        if path.exists():
+            return Library(kind, str(path))
+        _ = build.cxx() if kind == "cpu" else build.nvcc()
     except (ImportError, RuntimeError) as error:
         return Library(kind, None, str(error).splitlines()[0])
-    return Library(kind, str(built[-1]) if built else None)
+    return Library(kind, None)
 
 
 def build_libraries(kinds: list[str]) -> int:

@@ -59,6 +59,11 @@ class GpuDecode:
         self._workspace = torch.zeros(size, dtype=torch.uint8, device=device)
 
     @property
+    def num_tokens(self) -> int:
+        """Queries of the planned batch: one for each request."""
+        return self._layout.row_order.numel()
+
+    @property
     def mebibytes(self) -> float:
         """Device memory of all buffers."""
         return self.pager.mebibytes + self._workspace.numel() / 2**20

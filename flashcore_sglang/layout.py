@@ -25,7 +25,7 @@ from flashcore_sglang import build
 from flashcore_sglang.config import CostModel
 from flashcore_sglang.config import cost_model as measured_cost_model
 
-_UNBOUNDED = 2**31 - 1
+_MAX_PAGE_SIZE = 2**20
 
 
 @dataclass(frozen=True)
@@ -125,17 +125,16 @@ def build_layout(
     the table, a page id outside the pool, and a block that names two pages.
     """
     _want_page_size("page_tokens", page_tokens)
-    if num_pages < 1:
-        raise ValueError(f"num_pages: want at least 1, got {num_pages}")
+    _want_num_pages(num_pages, page_tokens)
     table, entry_tokens = _page_table(token_to_page, page_tokens)
     begins = _row_vector("seq_starts", seq_starts, table.shape[0])
     ends = _row_vector("seq_ends", seq_ends, table.shape[0])
     pager = CsrPager(page_tokens, num_pages=num_pages, cost_model=cost_model)
     resident, packed = _bitmap(page_resident_bitmap, num_pages)
     layout = pager._step(table, entry_tokens, 1, None, begins, ends, None, resident, packed, check_blocks=True)
-    _raise_status(
-        layout, "token_to_page", "seq_starts", "seq_ends", f"0 <= page < {num_pages}", entry_tokens * table.shape[1]
-    )
+    if layout.status[0]:
+        width, ids = entry_tokens * table.shape[1], f"0 <= page < {num_pages}"
+        raise ValueError(describe_status(layout.status, "token_to_page", "seq_ends", ids, width, "seq_starts"))
     return layout
 
 
@@ -163,8 +162,9 @@ def build_layout_from_slots(
     _want_page_size("page_size", page_size)
     pager = CsrPager(page_size, num_pages=num_pages, cost_model=cost_model)
     layout = pager.step(req_to_token, req_pool_indices, seq_lens, check_blocks=True)
-    bound = "slot >= 0" if num_pages is None else f"0 <= slot < {num_pages * page_size}"
-    _raise_status(layout, "req_to_token", "seq_lens", "seq_lens", bound, req_to_token.shape[1])
+    if layout.status[0]:
+        ids = "slot >= 0" if num_pages is None else f"0 <= slot < {num_pages * page_size}"
+        raise ValueError(describe_status(layout.status, "req_to_token", "seq_lens", ids, req_to_token.shape[1]))
     return layout
 
 
@@ -190,13 +190,13 @@ class CsrPager:
         sharing: bool = True,
     ) -> None:
         _want_page_size("page_size", page_size)
-        if num_pages is not None and (num_pages < 1 or num_pages * page_size > 2**31):
-            raise ValueError(f"num_pages: want 1 to {2**31 // page_size}, got {num_pages}")
+        if num_pages is not None:
+            _want_num_pages(num_pages, page_size)
         cost = cost_model or measured_cost_model("cpu")
         self.page_size = page_size
         self.sharing = sharing
         self._run = build.library("cpu").make_pager(
-            page_size, num_pages or _UNBOUNDED, cost.token_cost, cost.segment_cost, cost.partial_cost
+            page_size, num_pages or 2**31 // page_size, cost.token_cost, cost.segment_cost, cost.partial_cost
         )
 
     def step(
@@ -212,7 +212,7 @@ class CsrPager:
         Never raises for what the tables hold, and never reads outside them: ``layout.status`` says what was wrong.
         ``check_blocks`` also verifies that slots of a block are consecutive and aligned.
         """
-        if req_to_token.ndim != 2 or req_to_token.dtype != torch.int32 or req_to_token.device.type != "cpu":
+        if not _is_cpu(req_to_token, torch.int32) or req_to_token.ndim != 2:
             raise ValueError(
                 f"req_to_token: want a [pool, max_context] int32 CPU tensor, got {_describe(req_to_token)}"
             )
@@ -245,18 +245,30 @@ class CsrPager:
         )
 
 
-def _describe(t: torch.Tensor) -> str:
+def _describe(t: Any) -> str:
+    if not isinstance(t, torch.Tensor):
+        return type(t).__name__
     return f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')} on {t.device}"
 
 
 def _want_page_size(name: str, value: int) -> None:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: want an integer >= 1, got {value!r}")
+    if not isinstance(value, int) or not 1 <= value <= _MAX_PAGE_SIZE:
+        raise ValueError(f"{name}: want an integer, 1 to {_MAX_PAGE_SIZE}, got {value!r}")
+
+
+def _want_num_pages(value: int, page_size: int) -> None:
+    most = 2**31 // page_size  # slots are int32
+    if not isinstance(value, int) or not 1 <= value <= most:
+        raise ValueError(f"num_pages: want an integer, 1 to {most}, got {value!r}")
+
+
+def _is_cpu(t: Any, *dtypes: torch.dtype) -> bool:
+    return isinstance(t, torch.Tensor) and t.device.type == "cpu" and t.dtype in dtypes
 
 
 def _row_vector(name: str, t: torch.Tensor, num_rows: int | None) -> torch.Tensor:
     """[B] int32/int64 on the CPU as contiguous int64."""
-    if t.ndim != 1 or t.dtype not in (torch.int32, torch.int64) or t.device.type != "cpu":
+    if not _is_cpu(t, torch.int32, torch.int64) or t.ndim != 1:
         raise ValueError(f"{name}: want a [B] int32 or int64 CPU tensor, got {_describe(t)}")
     if num_rows is not None and t.numel() != num_rows:
         raise ValueError(f"{name}: want {num_rows} entries, one per row, got {t.numel()}")
@@ -265,7 +277,7 @@ def _row_vector(name: str, t: torch.Tensor, num_rows: int | None) -> torch.Tenso
 
 def _page_table(t: torch.Tensor, page_tokens: int) -> tuple[torch.Tensor, int]:
     """The table as [B, entries], and the number of positions per entry."""
-    if t.dtype != torch.int32 or t.device.type != "cpu" or t.ndim not in (2, 3):
+    if not _is_cpu(t, torch.int32) or t.ndim not in (2, 3):
         raise ValueError(f"token_to_page: want an int32 CPU tensor of 2 or 3 dimensions, got {_describe(t)}")
     if t.ndim == 2:
         return t, 1
@@ -281,9 +293,9 @@ def _bitmap(t: torch.Tensor | None, num_pages: int) -> tuple[torch.Tensor | None
     """The residency bitmap as bytes, and whether it is packed."""
     if t is None:
         return None, False
-    packed = t.dtype == torch.int32
+    packed = isinstance(t, torch.Tensor) and t.dtype == torch.int32
     want = (num_pages + 31) // 32 if packed else num_pages
-    if t.dtype not in (torch.bool, torch.uint8, torch.int32) or t.device.type != "cpu" or t.shape != (want,):
+    if not _is_cpu(t, torch.bool, torch.uint8, torch.int32) or t.shape != (want,):
         raise ValueError(
             f"page_resident_bitmap: want [{num_pages}] bool or uint8, or [{(num_pages + 31) // 32}] int32 of packed "
             f"bits, on the CPU, got {_describe(t)}"
@@ -291,18 +303,24 @@ def _bitmap(t: torch.Tensor | None, num_pages: int) -> tuple[torch.Tensor | None
     return t.clone(memory_format=torch.contiguous_format).view(torch.uint8), packed
 
 
-def describe_status(status: tuple[int, int, int, int], table: str, starts: str, ends: str, ids: str, width: int) -> str:
-    """What `layout.status` says, as ``<argument>: want <rule>, got <value>``."""
+def describe_status(
+    status: tuple[int, int, int, int], table: str, ends: str, ids: str, width: int, starts: str | None = None
+) -> str:
+    """What `layout.status` says, as ``<argument>: want <rule>, got <value>``; the names are those of the caller's.
+
+    Args:
+        ids: the rule of the table's entries. width: positions a row of the table can hold.
+        starts: None if rows begin at 0.
+    """
     code, row, position, value = status
     return {
         1: f"{table}: want {ids}, got {value} at row {row}, position {position}",
         2: f"{ends}: want at most {width}, the positions the table can hold, got {value} at row {row}",
-        3: f"{starts}, {ends}: want 0 <= start <= end, got start {position}, end {value} at row {row}",
+        3: (
+            f"{starts}, {ends}: want 0 <= start <= end, got start {position}, end {value} at row {row}"
+            if starts
+            else f"{ends}: want >= 0, got {value} at row {row}"
+        ),
         4: f"{table}: want one aligned page per block of positions, got id {value} at row {row}, position {position}",
         5: f"req_pool_indices: want a row of {table}, got {value} at row {row}",
     }[code]
-
-
-def _raise_status(layout: CsrLayout, table: str, starts: str, ends: str, ids: str, width: int) -> None:
-    if layout.status[0]:
-        raise ValueError(describe_status(layout.status, table, starts, ends, ids, width))

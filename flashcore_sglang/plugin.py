@@ -20,11 +20,11 @@ def register() -> None:
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS, register_attention_backend
     from sglang.srt.server_args import ATTENTION_BACKEND_CHOICES, add_attention_backend_choices
 
-    if NAME not in ATTENTION_BACKENDS:
-        register_attention_backend(NAME)(create_backend)
     if NAME not in ATTENTION_BACKEND_CHOICES:
         add_attention_backend_choices([NAME])
-    _route_cpu_helpers()
+    if NAME not in ATTENTION_BACKENDS:
+        register_attention_backend(NAME)(create_backend)
+        _route_cpu_helpers()
 
 
 def create_backend(model_runner: Any) -> FlashCoreSparseBackend:

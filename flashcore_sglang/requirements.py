@@ -26,6 +26,9 @@ class LayerFacts:
     is_cross_attention: bool = False
     sliding_window_size: int = -1
     has_temperature: bool = False
+    is_chunked_local: bool = False
+    logit_capping_method: str = "tanh"
+    pos_encoding_mode: str = "NONE"
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class ServingFacts:
     device: str = "cpu"
     capability: str = ""
     page_size: int = 1
+    model_dtype: str = "float32"
     kv_cache_dtype: str = "float32"
     pool_type: str = "MHATokenToKVPool"
     head_major_pool: bool = False
@@ -44,7 +48,8 @@ class ServingFacts:
     is_hybrid_swa: bool = False
     speculative_algorithm: str | None = None
     deterministic: bool = False
-    sharing: bool = True
+    context_parallel: int = 1
+    torch_compile: bool = False
     triton_runs: bool = True
     layers: tuple[LayerFacts, ...] = ()
 
@@ -53,6 +58,13 @@ def version_tuple(version: str) -> tuple[int, ...]:
     """(0, 5, 16) of "0.5.16.post1"."""
     match = re.match(r"\d+(?:\.\d+)*", version)
     return tuple(int(n) for n in match[0].split(".")) if match else ()
+
+
+def version_warning(version: str) -> str | None:
+    """Newer than any release that was tested: it may work."""
+    if version_tuple(version) > version_tuple(SGLANG_MAX):
+        return f"sglang: want {SGLANG_MIN} to {SGLANG_MAX}, got {version}, which was not tested"
+    return None
 
 
 def version_refusal(version: str) -> str | None:
@@ -75,7 +87,20 @@ def _model_refusals(facts: ServingFacts) -> list[str | None]:
     bad_heads = [x for x in facts.layers if x.num_kv_heads < 1 or x.num_q_heads % x.num_kv_heads]
     windows = sorted({x.sliding_window_size for x in facts.layers if x.sliding_window_size > -1})
     types = sorted({x.attn_type for x in facts.layers if x.attn_type != "decoder"})
+    capping = sorted({x.logit_capping_method for x in facts.layers if x.logit_capping_method != "tanh"})
     return [
+        f"model: want attention layers, got none; {other}" if not facts.layers else None,
+        f"model: want logits capped by tanh, got {', '.join(capping)}; {other}" if capping else None,
+        (
+            f"model: want positions encoded outside of attention, got another encoding; {other}"
+            if any(x.pos_encoding_mode != "NONE" for x in facts.layers)
+            else None
+        ),
+        (
+            f"model: want full attention in every layer, got chunks of local attention; {other}"
+            if any(x.is_chunked_local for x in facts.layers)
+            else None
+        ),
         f"model: want multi-head or grouped-query attention, got MLA; {other}" if facts.is_mla else None,
         (
             f"model: want a decoder, got an encoder-decoder; {other}"
@@ -121,6 +146,12 @@ def _gpu_refusals(facts: ServingFacts) -> list[str | None]:
             else None
         ),
         (
+            f"kv_cache_dtype: want {facts.model_dtype}, the model's, got {facts.kv_cache_dtype}; start with "
+            "--kv-cache-dtype auto"
+            if facts.kv_cache_dtype != facts.model_dtype
+            else None
+        ),
+        (
             f"model: want one head dim of {', '.join(map(str, GPU_HEAD_DIMS))} in all layers, got {dims}; "
             "serve it with --attention-backend fa3"
             if len(shapes) > 1 or any(d not in GPU_HEAD_DIMS for d in dims) or len(dims) > 1
@@ -129,12 +160,6 @@ def _gpu_refusals(facts: ServingFacts) -> list[str | None]:
         (
             f"model: want at most {GPU_MAX_RATIO} query heads per KV head, got {ratios[-1]}; choose another --tp-size"
             if ratios and ratios[-1] > GPU_MAX_RATIO
-            else None
-        ),
-        (
-            "deterministic inference: want another backend, as the kernels split by the load of the batch; serve with "
-            "--attention-backend fa3"
-            if facts.deterministic
             else None
         ),
     ]
@@ -175,9 +200,19 @@ def _option_refusals(facts: ServingFacts) -> list[str | None]:
             else None
         ),
         (
-            "deterministic inference: want sharing off, got on, and shared prefixes change the order of sums; set "
-            "FLASHCORE_SHARING=0"
-            if facts.deterministic and facts.sharing
+            "deterministic inference: want another backend, as shared segments and the split of the work change the "
+            "order of sums with the batch; serve with --attention-backend fa3"
+            if facts.deterministic
+            else None
+        ),
+        (
+            f"context parallelism: want 1, got {facts.context_parallel}; leave out --dcp-size and --attn-cp-size"
+            if facts.context_parallel > 1
+            else None
+        ),
+        (
+            "torch.compile: want it off on a CPU, got on; leave out --enable-torch-compile"
+            if facts.torch_compile and facts.device == "cpu"
             else None
         ),
         (

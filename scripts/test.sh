@@ -9,7 +9,7 @@ usage() {
 usage: bash scripts/test.sh [--all | pytest arguments]
 
   bash scripts/test.sh                         formatters, linters, types, then every test that this machine can run
-  bash scripts/test.sh --all                   the same, and the contract tests on SGLang 0.5.23 (CI=true does this too)
+  bash scripts/test.sh --all                   the same, and on SGLang 0.5.23 the contract tests and an engine (CI=true does this too)
   bash scripts/test.sh tests/unit -k layout    pytest alone, with these arguments
   FLASHCORE_SGLANG=0.5.23 bash scripts/test.sh tests/contract
 
@@ -57,7 +57,7 @@ if [[ ${1-} == --all || ${CI-} == true ]] && [[ -z ${FLASHCORE_SGLANG-} ]]; then
   (
     export FLASHCORE_SGLANG=0.5.23
     prepare_environment dev
-    check python -m pytest tests/contract
+    check python -m pytest tests/contract tests/serve/test_server.py -k "contract or engine"
   )
 fi
 progress "python -m pytest"

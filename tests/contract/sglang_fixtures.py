@@ -34,6 +34,7 @@ def make_runner(*, slots: int = 256, max_requests: int = 16, context: int = 128,
     runner = SimpleNamespace(
         device="cpu",
         page_size=page_size,
+        dtype=torch.float32,
         kv_cache_dtype=torch.float32,
         use_mla_backend=False,
         is_hybrid_swa=False,

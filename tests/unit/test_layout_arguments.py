@@ -47,25 +47,31 @@ def test_build_layout_accepts_good_arguments() -> None:
     assert build().status == (0, 0, 0, 0)
 
 
+@pytest.mark.parametrize("name", ["token_to_page", "seq_starts", "seq_ends", "page_resident_bitmap"])
+def test_list_in_the_place_of_a_tensor_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: want .*, got list$"):
+        build(**{name: [1, 2]})
+
+
 def test_build_layout_from_slots_accepts_good_arguments() -> None:
     assert from_slots().status == (0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("value", [0, -4, 1.5, None, "16"])
 def test_page_tokens_of_no_positive_integer_is_refused(value: object) -> None:
-    with pytest.raises(ValueError, match=says("page_tokens", "an integer >= 1", repr(value))):
+    with pytest.raises(ValueError, match=says("page_tokens", "an integer, 1 to 1048576", repr(value))):
         build(page_tokens=value)
 
 
 @pytest.mark.parametrize("value", [0, -4, 1.5, None])
 def test_page_size_of_no_positive_integer_is_refused(value: object) -> None:
-    with pytest.raises(ValueError, match=says("page_size", "an integer >= 1", repr(value))):
+    with pytest.raises(ValueError, match=says("page_size", "an integer, 1 to 1048576", repr(value))):
         from_slots(page_size=value)
 
 
-@pytest.mark.parametrize("value", [0, -1])
-def test_num_pages_below_one_is_refused(value: int) -> None:
-    with pytest.raises(ValueError, match=says("num_pages", "at least 1", str(value))):
+@pytest.mark.parametrize("value", [0, -1, None, 4.5])
+def test_num_pages_of_no_positive_integer_is_refused(value: object) -> None:
+    with pytest.raises(ValueError, match=says("num_pages", "an integer, 1 to 536870912", repr(value))):
         build(num_pages=value)
 
 

@@ -6,7 +6,15 @@ from dataclasses import replace
 
 import pytest
 
-from flashcore_sglang.requirements import PAGE_SIZES, LayerFacts, ServingFacts, refusals, version_refusal, version_tuple
+from flashcore_sglang.requirements import (
+    PAGE_SIZES,
+    LayerFacts,
+    ServingFacts,
+    refusals,
+    version_refusal,
+    version_tuple,
+    version_warning,
+)
 
 GOOD = ServingFacts(sglang_version="0.5.16", layers=(LayerFacts(0, 9, 3),))
 
@@ -44,7 +52,13 @@ def test_supported_configuration_is_not_refused(page_size, dtype):
         ({"head_major_pool": True}, "KV pool: want token-major K and V, got head-major; unset SGLANG_USE_HND_KVCACHE"),
         ({"pool_type": "PageMajorMHATokenToKVPool"}, "KV pool: want MHATokenToKVPool, got PageMajorMHATokenToKVPool"),
         ({"speculative_algorithm": "EAGLE"}, "speculative_algorithm: want none, got EAGLE; leave out"),
-        ({"deterministic": True}, "deterministic inference: want sharing off, got on"),
+        ({"deterministic": True}, "deterministic inference: want another backend"),
+        ({"layers": ()}, "model: want attention layers, got none"),
+        ({"layers": layer(is_chunked_local=True)}, "want full attention in every layer, got chunks of local attention"),
+        ({"layers": layer(logit_capping_method="sigmoid")}, "model: want logits capped by tanh, got sigmoid"),
+        ({"layers": layer(pos_encoding_mode="ALIBI")}, "model: want positions encoded outside of attention"),
+        ({"context_parallel": 2}, "context parallelism: want 1, got 2; leave out --dcp-size"),
+        ({"torch_compile": True}, "torch.compile: want it off on a CPU, got on; leave out --enable-torch-compile"),
         (
             {"page_size": 16, "triton_runs": False},
             "page_size: want 1 where Triton cannot run, got 16; set TRITON_INTERPRET=1",
@@ -57,18 +71,21 @@ def test_refusal_names_rule_value_and_remedy(changes, message):
     assert message in reason
 
 
-GPU = replace(GOOD, device="cuda", capability="9.0", kv_cache_dtype="bfloat16")
+GPU = replace(GOOD, device="cuda", capability="9.0", kv_cache_dtype="bfloat16", model_dtype="bfloat16")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"capability": "8.0"}, "GPU: want a Hopper (compute capability 9.0), got 8.0"),
-        ({"kv_cache_dtype": "float32"}, "kv_cache_dtype: want bfloat16 or float16 on a GPU, got float32"),
+        (
+            {"kv_cache_dtype": "float32", "model_dtype": "float32"},
+            "kv_cache_dtype: want bfloat16 or float16 on a GPU, got float32",
+        ),
+        ({"model_dtype": "float16"}, "kv_cache_dtype: want float16, the model's, got bfloat16"),
         ({"layers": (LayerFacts(0, 8, 8, 96, 96),)}, "want one head dim of 64, 128, 256 in all layers, got [96]"),
         ({"layers": (LayerFacts(0, 8, 8, 128, 64),)}, "want one head dim of 64, 128, 256 in all layers, got [64, 128]"),
         ({"layers": (LayerFacts(0, 32, 1),)}, "model: want at most 16 query heads per KV head, got 32"),
-        ({"deterministic": True, "sharing": False}, "deterministic inference: want another backend"),
     ],
 )
 def test_gpu_refusal_names_rule_value_and_remedy(changes, message):
@@ -81,10 +98,6 @@ def test_every_reason_is_listed():
     assert len(refusals(replace(GOOD, is_mla=True, page_size=3, kv_cache_dtype="float8_e5m2", device="npu"))) == 4
 
 
-def test_deterministic_inference_is_served_without_sharing():
-    assert refusals(replace(GOOD, deterministic=True, sharing=False)) == []
-
-
 @pytest.mark.parametrize(
     ("version", "parts"), [("0.5.16", (0, 5, 16)), ("0.5.23.post1", (0, 5, 23)), ("0.6.0rc1", (0, 6, 0)), ("main", ())]
 )
@@ -95,3 +108,8 @@ def test_version_tuple_reads_the_release(version, parts):
 @pytest.mark.parametrize("version", ["0.5.16", "0.5.20", "0.5.23", "0.6.0"])
 def test_supported_and_newer_versions_are_not_refused(version):
     assert version_refusal(version) is None
+
+
+def test_version_newer_than_tested_is_warned_of():
+    assert version_warning("0.5.23") is None
+    assert version_warning("0.6.0") == "sglang: want 0.5.16 to 0.5.23, got 0.6.0, which was not tested"

@@ -1,0 +1,167 @@
+"""The backend's corners: modes, padding, hooks and switches, on SGLang's pools without a model."""
+
+from __future__ import annotations
+
+import logging
+
+import needs
+import pytest
+import torch
+
+needs.sglang()
+
+from contract.sglang_fixtures import DIM, HEADS, KV_HEADS, SCALE, MiniScheduler, make_runner
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+from flashcore_sglang import reference
+from flashcore_sglang.backend import FlashCoreSparseBackend
+
+pytestmark = pytest.mark.contract
+
+
+@pytest.fixture
+def scheduler() -> MiniScheduler:
+    runner = make_runner(slots=1024, context=256)
+    return MiniScheduler(runner, torch.Generator().manual_seed(0))
+
+
+def tensors(scheduler: MiniScheduler, tokens: int):
+    return (
+        scheduler.random(tokens, HEADS * DIM),
+        scheduler.random(tokens, KV_HEADS, DIM),
+        scheduler.random(tokens, KV_HEADS, DIM),
+    )
+
+
+def wanted(scheduler: MiniScheduler, batch, q: torch.Tensor) -> torch.Tensor:
+    pool = scheduler.pool
+    return reference.extend(
+        q.view(-1, HEADS, DIM),
+        pool.get_key_buffer(0),
+        pool.get_value_buffer(0),
+        scheduler.table,
+        batch.req_pool_indices,
+        batch.seq_lens,
+        batch.extend_seq_lens,
+        page_size=1,
+        scale=SCALE,
+    ).view(len(q), -1)
+
+
+def close(got: torch.Tensor, want: torch.Tensor) -> None:
+    torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["EXTEND", "MIXED", "SPLIT_PREFILL"])
+def test_every_mode_with_new_tokens_is_an_extend(scheduler, mode):
+    backend = FlashCoreSparseBackend(scheduler.runner)
+    rows = [scheduler.add(list(range(30)))[0], scheduler.add(list(range(50, 60)))[0]]
+    batch = scheduler.batch(rows, [30, 10])
+    batch.forward_mode = ForwardMode[mode]
+    q, k, v = tensors(scheduler, 40)
+    backend.init_forward_metadata(batch)
+    close(backend.forward(q, k, v, scheduler.runner.model[0], batch), wanted(scheduler, batch, q))
+
+
+def test_idle_batch_needs_no_plan(scheduler):
+    backend = FlashCoreSparseBackend(scheduler.runner)
+    batch = scheduler.batch([scheduler.add([1, 2])[0]], [2])
+    batch.forward_mode = ForwardMode.IDLE
+    backend.init_forward_metadata(batch)
+    assert backend.forward_metadata is None
+    q, k, v = tensors(scheduler, 0)
+    assert backend.forward(q, k, v, scheduler.runner.model[0], batch).shape == (0, HEADS * DIM)
+
+
+def test_tokens_that_pad_the_batch_give_zeros(scheduler):
+    backend = FlashCoreSparseBackend(scheduler.runner)
+    batch = scheduler.batch([scheduler.add(list(range(20)))[0]], [20])
+    q, k, v = tensors(scheduler, 24)
+    backend.init_forward_metadata(batch)
+    batch.out_cache_loc = torch.cat([batch.out_cache_loc, torch.zeros(4, dtype=torch.int64)])  # SGLang's padding slot
+    got = backend.forward_extend(q, k, v, scheduler.runner.model[0], batch)
+    close(got[:20], wanted(scheduler, batch, q[:20]))
+    assert not got[20:].any()
+
+
+def test_kv_that_the_model_wrote_is_not_written_again(scheduler):
+    backend = FlashCoreSparseBackend(scheduler.runner)
+    batch = scheduler.batch([scheduler.add(list(range(20)))[0]], [20])
+    q, k, v = tensors(scheduler, 20)
+    layer = scheduler.runner.model[0]
+    backend.init_forward_metadata(batch)
+    first = backend.forward_extend(q, k, v, layer, batch)
+    torch.testing.assert_close(backend.forward_extend(q, 2 * k, 2 * v, layer, batch, save_kv_cache=False), first)
+    torch.testing.assert_close(backend.forward_extend(q, None, None, layer, batch), first)
+
+
+def test_argument_that_is_not_served_is_refused(scheduler):
+    backend = FlashCoreSparseBackend(scheduler.runner)
+    batch = scheduler.batch([scheduler.add([1, 2])[0]], [2])
+    backend.init_forward_metadata(batch)
+    with pytest.raises(ValueError, match="want no argument but sinks from the model, got q_rope"):
+        backend.forward_extend(*tensors(scheduler, 2), scheduler.runner.model[0], batch, q_rope=torch.ones(1))
+
+
+def test_capture_is_refused_on_a_cpu(scheduler):
+    backend = FlashCoreSparseBackend(scheduler.runner)
+    row, _ = scheduler.add([1, 2])
+    with pytest.raises(ValueError, match="CUDA graphs: want none on a CPU, got 1"):
+        backend.init_forward_metadata_out_graph(scheduler.batch([row]), in_capture=True)
+    with pytest.raises(ValueError, match="want CUDA graphs of decode only, got EXTEND"):
+        backend.init_forward_metadata_out_graph(scheduler.batch([row], [2]), in_capture=True)
+
+
+def test_sharing_is_switched_off_by_the_environment(scheduler, monkeypatch, caplog):
+    monkeypatch.setenv("FLASHCORE_SHARING", "0")
+    backend = FlashCoreSparseBackend(scheduler.runner)
+    assert "prefix sharing off (FLASHCORE_SHARING=0)" in caplog.text
+    rows = [scheduler.add([*range(200), i])[0] for i in range(4)]
+    for row in rows:
+        scheduler.publish(row)
+    batch = scheduler.batch(rows)
+    assert backend._page(batch.req_pool_indices, batch.seq_lens).num_segments == 4
+
+
+def test_unknown_value_of_the_switch_is_refused(scheduler, monkeypatch):
+    monkeypatch.setenv("FLASHCORE_SHARING", "no")
+    with pytest.raises(ValueError, match="FLASHCORE_SHARING: want 0 or 1, got 'no'"):
+        FlashCoreSparseBackend(scheduler.runner)
+
+
+def test_log_counts_what_was_read(scheduler, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setenv("FLASHCORE_LOG_INTERVAL", "2")
+    backend = FlashCoreSparseBackend(scheduler.runner)
+    rows = [scheduler.add([*range(200), i])[0] for i in range(4)]
+    for row in rows:
+        scheduler.publish(row)
+    for _ in range(2):
+        backend.init_forward_metadata(scheduler.batch(rows))
+    assert "2 decode steps" in caplog.text
+    assert "last of 4 requests in 5 segments; KV tokens read 408 of 1608 (3.94x shared)" in caplog.text
+
+
+def test_violations_are_reported_again_after_a_while(scheduler, monkeypatch, caplog):
+    from flashcore_sglang import statistics
+
+    backend = FlashCoreSparseBackend(scheduler.runner)
+    row, _ = scheduler.add([1, 2, 3])
+    scheduler.table[row, 1] = -7
+    for _ in range(3):
+        backend.init_forward_metadata(scheduler.batch([row]))
+    assert caplog.text.count("got -7 at row 0, position 1") == 1
+    monkeypatch.setattr(statistics, "VIOLATION_SECONDS", 0.0)
+    backend.init_forward_metadata(scheduler.batch([row]))
+    assert "(4 such steps so far)" in caplog.text
+
+
+@pytest.mark.parametrize("field", ["use_irope", "is_cross_attention", "sliding_window_size", "logit_capping_method"])
+def test_layer_that_is_not_served_is_refused(scheduler, field):
+    layer = scheduler.runner.model[0]
+    scheduler.runner.attention_chunk_size = 8192
+    layer.logit_cap = 30.0
+    value = {"sliding_window_size": 4096, "logit_capping_method": "sigmoid"}.get(field, True)
+    setattr(layer, field, value)
+    with pytest.raises(ValueError, match="cannot serve this configuration:\n  - model: want"):
+        FlashCoreSparseBackend(scheduler.runner)
