@@ -1,4 +1,4 @@
-"""Measured constants, read from configs/."""
+"""Constants read from configs/, which says where they come from."""
 
 from __future__ import annotations
 
@@ -52,5 +52,5 @@ def config_dir() -> Path:
 
 @functools.cache
 def cost_model(device: str) -> CostModel:
-    """The measured model for ``"cpu"`` or ``"hopper"``."""
+    """The model of configs/cost_model.json for ``"cpu"`` or ``"hopper"``."""
     return CostModel(**json.loads((config_dir() / "cost_model.json").read_text())[device])

@@ -23,7 +23,7 @@ import torch
 
 from flashcore_sglang import build
 from flashcore_sglang.config import CostModel
-from flashcore_sglang.config import cost_model as measured_cost_model
+from flashcore_sglang.config import cost_model as default_cost_model
 
 _MAX_PAGE_SIZE = 2**20
 
@@ -119,7 +119,7 @@ def build_layout(
             [ceil(num_pages / 32)] int32, page ``p`` in bit ``p % 32`` of word ``p // 32``. None: all are.
         page_tokens: tokens per page.
         num_pages: pages of the pool; valid ids are ``0 <= id < num_pages``.
-        cost_model: when sharing pays; None: the measured one of the device.
+        cost_model: when sharing pays; None: that of configs/ for a CPU.
 
     All tensors on the CPU. Raises ValueError for a wrong dtype, shape, stride or device, a start > end, a range beyond
     the table, a page id outside the pool, and a block that names two pages.
@@ -177,7 +177,7 @@ class CsrPager:
     Args:
         page_size:  tokens per page.
         num_pages:  pages of the pool, of at most 2**31 slots; None: ids are not bounded above.
-        cost_model: when sharing pays; None: the measured one.
+        cost_model: when sharing pays; None: that of configs/ for a CPU.
         sharing:    False: every row reads its own pages.
     """
 
@@ -192,7 +192,7 @@ class CsrPager:
         _want_page_size("page_size", page_size)
         if num_pages is not None:
             _want_num_pages(num_pages, page_size)
-        cost = cost_model or measured_cost_model("cpu")
+        cost = cost_model or default_cost_model("cpu")
         self.page_size = page_size
         self.sharing = sharing
         self._run = build.library("cpu").make_pager(

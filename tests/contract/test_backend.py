@@ -21,7 +21,7 @@ pytestmark = pytest.mark.contract
 
 @pytest.fixture
 def scheduler() -> MiniScheduler:
-    runner = make_runner(slots=1024, context=256)
+    runner = make_runner(slots=2048, context=512)
     return MiniScheduler(runner, torch.Generator().manual_seed(0))
 
 
@@ -116,7 +116,7 @@ def test_sharing_is_switched_off_by_the_environment(scheduler, monkeypatch, capl
     monkeypatch.setenv("FLASHCORE_SHARING", "0")
     backend = FlashCoreSparseBackend(scheduler.runner)
     assert "prefix sharing off (FLASHCORE_SHARING=0)" in caplog.text
-    rows = [scheduler.add([*range(200), i])[0] for i in range(4)]
+    rows = [scheduler.add([*range(300), i])[0] for i in range(4)]
     for row in rows:
         scheduler.publish(row)
     batch = scheduler.batch(rows)
@@ -133,13 +133,13 @@ def test_log_counts_what_was_read(scheduler, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     monkeypatch.setenv("FLASHCORE_LOG_INTERVAL", "2")
     backend = FlashCoreSparseBackend(scheduler.runner)
-    rows = [scheduler.add([*range(200), i])[0] for i in range(4)]
+    rows = [scheduler.add([*range(300), i])[0] for i in range(4)]
     for row in rows:
         scheduler.publish(row)
     for _ in range(2):
         backend.init_forward_metadata(scheduler.batch(rows))
     assert "2 decode steps" in caplog.text
-    assert "last of 4 requests in 5 segments; KV tokens read 408 of 1608 (3.94x shared)" in caplog.text
+    assert "last of 4 requests in 5 segments; KV tokens read 608 of 2408 (3.96x shared)" in caplog.text
 
 
 def test_violations_are_reported_again_after_a_while(scheduler, monkeypatch, caplog):

@@ -68,11 +68,11 @@ class Server:
         return self.backend._page(batch.req_pool_indices, batch.seq_lens)
 
 
-SYSTEM = list(range(100, 260))  # 160 tokens, enough for sharing to pay
+SYSTEM = list(range(100, 400))  # 300 tokens, enough for sharing to pay
 
 
 def test_prefix_hit_is_read_once_for_all_requests():
-    server = Server(slots=1024, context=256)
+    server = Server(slots=2048, context=512)
     rows = []
     for i in range(6):
         row, cached = server.start([*SYSTEM, 1000 + i, 2000 + i])
@@ -86,7 +86,7 @@ def test_prefix_hit_is_read_once_for_all_requests():
 
 
 def test_first_steps_before_duplicates_merge_are_right():
-    server = Server(slots=1024, context=256)
+    server = Server(slots=2048, context=512)
     scheduler = server.scheduler
     rows = [scheduler.add([*SYSTEM, 1000 + i])[0] for i in range(4)]  # none published: four private copies
     server.forward(rows, [len(SYSTEM) + 1] * 4)
@@ -111,7 +111,7 @@ def test_slots_freed_and_reused_by_another_request_never_leak():
 
 
 def test_row_reused_by_another_request_of_the_same_length_is_noticed():
-    server = Server(slots=1024, context=256)
+    server = Server(slots=2048, context=512)
     a, _ = server.start([*SYSTEM, 1, 2, 3])
     b, _ = server.start([*SYSTEM, 4, 5, 6])
     server.decode([a, b])
@@ -152,7 +152,7 @@ def test_random_traffic_equals_reference(seed):
 
 
 def test_corrupt_table_reads_padding_and_spares_the_others(caplog):
-    server = Server(slots=1024, context=256)
+    server = Server(slots=2048, context=512)
     pool = server.runner.token_to_kv_pool
     good, _ = server.start([*SYSTEM, 1])
     bad, _ = server.start(list(range(600, 640)))
@@ -167,7 +167,7 @@ def test_corrupt_table_reads_padding_and_spares_the_others(caplog):
     server.backend.init_forward_metadata(batch)
     got = server.backend.forward_decode(q, kv, kv, server.layer, batch)
     assert got.isfinite().all()
-    assert "want 0 <= slot < 1025, got 10000000 at row 1, position 3" in caplog.text
+    assert "want 0 <= slot < 2049, got 10000000 at row 1, position 3" in caplog.text
     alone = server.scheduler.batch([good])
     server.backend.init_forward_metadata(alone)
     torch.testing.assert_close(got[:1], server.backend.forward_decode(q[:1], kv[:1], kv[:1], server.layer, alone))

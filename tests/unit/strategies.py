@@ -13,7 +13,7 @@ from unit.oracle import Request
 from flashcore_sglang.config import SHARE_ALWAYS, CostModel
 
 PAGE_SIZES = (1, 3, 16, 32, 64, 128)
-MEASURED = CostModel(token_cost=1, segment_cost=128, partial_cost=64)
+TYPICAL = CostModel(token_cost=1, segment_cost=128, partial_cost=64)
 
 settings.register_profile("flashcore", deadline=None, max_examples=100, derandomize=True, print_blob=True)
 settings.load_profile("flashcore")
@@ -136,4 +136,4 @@ def batches() -> st.SearchStrategy[Batch]:
 
 def cost_models() -> st.SearchStrategy[CostModel]:
     small = st.builds(CostModel, st.integers(0, 3), st.integers(0, 40), st.integers(0, 20))
-    return st.sampled_from((SHARE_ALWAYS, MEASURED)) | small
+    return st.sampled_from((SHARE_ALWAYS, TYPICAL)) | small

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from unit import oracle
-from unit.strategies import MEASURED, cost_models
+from unit.strategies import TYPICAL, cost_models
 
 from flashcore_sglang.config import SHARE_ALWAYS, CostModel
 from flashcore_sglang.layout import CsrLayout, CsrPager
@@ -344,7 +344,7 @@ def test_pager_keeps_no_view_of_the_table() -> None:
 
 
 @settings(max_examples=150)
-@given(st.data(), st.sampled_from((1, 2, 3, 8)), st.sampled_from((SHARE_ALWAYS, MEASURED, CostModel(1, 4, 1))))
+@given(st.data(), st.sampled_from((1, 2, 3, 8)), st.sampled_from((SHARE_ALWAYS, TYPICAL, CostModel(1, 4, 1))))
 def test_pager_after_any_history_equals_a_fresh_one(data, page_size: int, cost: CostModel) -> None:
     s = Server(page_size, cost)
     s.join(1, data.draw(st.integers(0, 12)))

@@ -7,7 +7,7 @@ import random
 import torch
 from unit import oracle
 from unit.oracle import Request
-from unit.strategies import MEASURED
+from unit.strategies import TYPICAL
 
 from flashcore_sglang.config import SHARE_ALWAYS, CostModel
 from flashcore_sglang.layout import CsrLayout, build_layout
@@ -49,7 +49,7 @@ def test_layout_of_1024_requests_in_uneven_groups_equals_oracle() -> None:
             pages.append((system if rng.random() < 0.7 else []) + group + own)
     rng.shuffle(pages)
     ends = [len(p) * 16 - rng.randrange(16) for p in pages]
-    layout = check(pages, ends, 16, 60_000, MEASURED)
+    layout = check(pages, ends, 16, 60_000, TYPICAL)
     assert layout.tokens_stored < layout.tokens_wanted / 3
 
 
@@ -57,7 +57,7 @@ def test_layout_of_128k_tokens_at_page_size_1_equals_oracle() -> None:
     """A long document, shared, with tails of which one was generated between the others' tokens."""
     document = list(range(10, 10 + 131_072 - 64))
     tails = [[140_000 + 3 * i + row for i in range(64)] for row in range(3)]
-    layout = check([document + tail for tail in tails], [131_072] * 3, 1, 150_000, MEASURED)
+    layout = check([document + tail for tail in tails], [131_072] * 3, 1, 150_000, TYPICAL)
     assert layout.segment_positions.tolist() == [[0, 131_008], *([[131_008, 131_072]] * 3)]
     assert layout.tokens_stored == 131_008 + 3 * 64
 

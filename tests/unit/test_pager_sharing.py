@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from unit import oracle
-from unit.strategies import MEASURED
+from unit.strategies import TYPICAL
 
 from flashcore_sglang.config import SHARE_ALWAYS, CostModel, cost_model
 from flashcore_sglang.layout import CsrLayout, CsrPager, build_layout
@@ -188,13 +188,13 @@ def test_cost_model_counts_children_kept_below_as_one_reader() -> None:
 
 
 @pytest.mark.parametrize(("length", "shared"), [(255, False), (256, True)])
-def test_measured_cost_model_shares_two_rows_from_256_tokens(length: int, shared: bool) -> None:
+def test_typical_cost_model_shares_two_rows_from_256_tokens(length: int, shared: bool) -> None:
     common = list(range(1000, 1000 + length))
-    layout = build([[*common, 1], [*common, 2]], [length + 1] * 2, cost=MEASURED)
+    layout = build([[*common, 1], [*common, 2]], [length + 1] * 2, cost=TYPICAL)
     assert (layout.tokens_stored < layout.tokens_wanted) == shared
 
 
-def test_measured_cost_model_is_the_default() -> None:
+def test_cost_model_of_configs_is_the_default() -> None:
     common = list(range(1000, 1300))
     pages = torch.tensor([[*common, 1], [*common, 2]], dtype=torch.int32)
     vectors = torch.tensor([0, 0]), torch.tensor([301, 301])
