@@ -12,6 +12,8 @@ import torch
 
 from flashcore_sglang.layout import CsrLayout
 
+_SHORT_TOKENS = 256
+"""Segments of one query and at most this length are computed together: copying them costs less than calls for each."""
 _MAX_SCORES = 1 << 21
 """Scores held at a time: 8 MiB of fp32, so that softmax works in cache."""
 
@@ -36,11 +38,27 @@ class SegmentRead:
 
 
 @dataclass(frozen=True)
+class ShortReads:
+    """Segments of about the same length, each read whole by one query of its own: what decode leaves of a request.
+
+    Attributes:
+        slots:   [n, length] int64, padded with the segment's own first slot.
+        tokens:  [n] int64, the query of each segment.
+        lengths: [n] int64.
+    """
+
+    slots: torch.Tensor
+    tokens: torch.Tensor
+    lengths: torch.Tensor
+
+
+@dataclass(frozen=True)
 class AttentionPlan:
-    """The reads of a step in the order of the layout's segments."""
+    """The reads of a step: segments in the order of the layout, then the short ones."""
 
     num_tokens: int
     reads: list[SegmentRead]
+    short: list[ShortReads]
 
 
 def plan(layout: CsrLayout, seq_lens: torch.Tensor, q_lens: torch.Tensor | None = None) -> AttentionPlan:
@@ -86,7 +104,7 @@ def plan(layout: CsrLayout, seq_lens: torch.Tensor, q_lens: torch.Tensor | None 
         reads.append(
             SegmentRead(slots, _as_slice(tokens), torch.tensor(positions) if masked else None, begin, end - begin)
         )
-    return AttentionPlan(first_token[-1], reads)
+    return AttentionPlan(first_token[-1], *_put_short_together(reads))
 
 
 def attend(
@@ -128,6 +146,8 @@ def attend(
         keys = k_cache[slots].float().permute(1, 2, 0)  # [G, D, L]
         values = v_cache[slots].float().transpose(0, 1)  # [G, L, Dv]
         _attend_segment(scaled, keys, values, read, logit_cap, acc, lse)
+    for short in plan.short:
+        _attend_short(scaled, k_cache, v_cache, short, logit_cap, acc, lse)
     if sinks is not None:
         acc *= torch.sigmoid(lse - sinks.float())[..., None]
     if out is None:
@@ -153,10 +173,42 @@ def _attend_segment(
         partial, partial_lse = _softmax_product(
             q[tokens], keys[:, :, :length], values[:, :length], positions, read.begin, logit_cap
         )
-        old = lse[tokens]
-        new = torch.logaddexp(old, partial_lse)
-        acc[tokens] = acc[tokens] * torch.exp(old - new)[..., None] + partial * torch.exp(partial_lse - new)[..., None]
-        lse[tokens] = new
+        _merge(tokens, partial, partial_lse, acc, lse)
+
+
+def _attend_short(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    read: ShortReads,
+    logit_cap: float,
+    acc: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """Merges segments of one query each into ``acc`` and ``lse``."""
+    slots, tokens, lengths = read.slots.to(q.device), read.tokens.to(q.device), read.lengths.to(q.device)
+    count, length = slots.shape
+    heads, groups = q.shape[1], k_cache.shape[1]
+    rows = q[tokens].view(count * groups, heads // groups, -1)
+    s = torch.bmm(rows, k_cache[slots].float().permute(0, 2, 3, 1).flatten(0, 1))
+    if logit_cap > 0:
+        s.div_(logit_cap).tanh_().mul_(logit_cap)
+    hidden = torch.arange(length, device=q.device) >= lengths[:, None]
+    s.view(count, groups, -1, length).masked_fill_(hidden[:, None, None, :], -torch.inf)
+    partial_lse = torch.logsumexp(s, dim=2)
+    p = s.sub_(partial_lse[:, :, None]).exp_()
+    partial = torch.bmm(p, v_cache[slots].float().transpose(1, 2).flatten(0, 1))
+    _merge(tokens, partial.view(count, heads, -1), partial_lse.view(count, heads), acc, lse)
+
+
+def _merge(
+    tokens: slice | torch.Tensor, partial: torch.Tensor, partial_lse: torch.Tensor, acc: torch.Tensor, lse: torch.Tensor
+) -> None:
+    """Adds [n, H, Dv] results over other keys, with their [n, H] lse, to those of ``tokens``, which differ."""
+    old = lse[tokens]
+    new = torch.logaddexp(old, partial_lse)
+    acc[tokens] = acc[tokens] * torch.exp(old - new)[..., None] + partial * torch.exp(partial_lse - new)[..., None]
+    lse[tokens] = new
 
 
 def _softmax_product(
@@ -199,6 +251,29 @@ def _tiles(read: SegmentRead, size: int) -> list[tuple[slice | torch.Tensor, tor
         tokens = [read.tokens[i : i + size] for i in starts]
     positions = [None if read.positions is None else read.positions[i : i + size] for i in starts]
     return list(zip(tokens, positions, strict=True))
+
+
+def _put_short_together(reads: list[SegmentRead]) -> tuple[list[SegmentRead], list[ShortReads]]:
+    """Takes out the short reads of one query, in groups where no length is twice another and no query comes twice."""
+    groups: list[list[SegmentRead]] = []
+    for read in sorted(reads, key=lambda r: r.length):
+        single = isinstance(read.tokens, slice) and read.tokens.stop - read.tokens.start == 1
+        if not single or read.positions is not None or read.length > _SHORT_TOKENS:
+            continue
+        group = groups[-1] if groups else []
+        if not group or read.length >= 2 * group[0].length or any(read.tokens == other.tokens for other in group):
+            groups.append(group := [])
+        group.append(read)
+    groups = [group for group in groups if len(group) > 1]
+    taken = {id(read) for group in groups for read in group}
+    return [read for read in reads if id(read) not in taken], [_short_reads(group) for group in groups]
+
+
+def _short_reads(group: list[SegmentRead]) -> ShortReads:
+    rows = [r.slots if isinstance(r.slots, torch.Tensor) else torch.arange(r.slots.start, r.slots.stop) for r in group]
+    slots = torch.stack([torch.cat([x, x[:1].expand(group[-1].length - len(x))]) for x in rows])
+    tokens = torch.tensor([r.tokens.start for r in group if isinstance(r.tokens, slice)])
+    return ShortReads(slots, tokens, torch.tensor([r.length for r in group]))
 
 
 def _as_index(runs: torch.Tensor) -> slice | torch.Tensor:

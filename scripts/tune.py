@@ -10,6 +10,7 @@ L * (rows - 1) = segment_cost + rows * partial_cost, in units of one token read.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 
@@ -73,9 +74,8 @@ def main() -> None:
     wanted = torch.tensor([[float(length * (n - 1))] for n, length in zip(ROWS, lengths, strict=True)])
     segment, partial = torch.linalg.lstsq(system, wanted).solution.flatten().tolist()
     print(f"break-even lengths for {ROWS} requests: {lengths}")
-    print(
-        f'"cpu": {{"token_cost": 1, "segment_cost": {max(0, round(segment))}, "partial_cost": {max(0, round(partial))}}}'
-    )
+    costs = {"token_cost": 1, "segment_cost": max(0, round(segment)), "partial_cost": max(0, round(partial))}
+    print('"cpu": ' + json.dumps(costs))
 
 
 if __name__ == "__main__":

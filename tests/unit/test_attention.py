@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from unit.strategies import TYPICAL, PAGE_SIZES, Batch, forests, page_numbers
+from unit.strategies import PAGE_SIZES, TYPICAL, Batch, forests, page_numbers
 
 from flashcore_sglang import ops, reference
 from flashcore_sglang.config import SHARE_ALWAYS, CostModel
@@ -348,8 +348,17 @@ def test_plan_reads_every_stored_token_once() -> None:
     case = make(forest())
     layout = case.layout()
     plan = ops.plan(layout, case.vectors[1])
-    assert sum(read.length for read in plan.reads) == layout.tokens_stored < layout.tokens_wanted
-    assert len(plan.reads) == layout.num_segments
+    short = sum(int(read.lengths.sum()) for read in plan.short)
+    assert sum(read.length for read in plan.reads) + short == layout.tokens_stored < layout.tokens_wanted
+    assert len(plan.reads) + sum(len(read.lengths) for read in plan.short) == layout.num_segments
+
+
+def test_plan_puts_short_segments_of_one_query_together() -> None:
+    plan = ops.plan(make(forest()).layout(), make(forest()).vectors[1])
+    assert plan.short
+    for read in plan.short:
+        assert len(set(read.tokens.tolist())) == len(read.tokens) > 1
+        assert int(read.lengths.max()) == read.slots.shape[1] < 2 * int(read.lengths.min())
 
 
 def test_plan_of_decode_masks_nothing() -> None:
