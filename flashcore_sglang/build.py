@@ -115,7 +115,7 @@ def _flags(kind: str) -> list[str]:
 def _compile_command(kind: str) -> list[str]:
     from tvm_ffi.libinfo import find_include_path
 
-    return [cxx() if kind == "cpu" else nvcc(), *_flags(kind), f"-I{csrc_dir()}", f"-isystem{find_include_path()}"]
+    return [cxx() if kind == "cpu" else nvcc(), *_flags(kind), f"-I{csrc_dir()}", "-isystem", find_include_path()]
 
 
 def _with_headers(unit: Path) -> list[Path]:

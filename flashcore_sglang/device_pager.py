@@ -117,7 +117,7 @@ class DevicePager:
         self._spans = {str(name): (int(span[0]), int(span[1])) for name, span in arrays.items()}
         _, total = self._spans.pop("")
         self._memory = torch.zeros(total, dtype=torch.int32, device=device)
-        self._array("mismatch").fill_(_INT_MAX)
+        self._array("mismatch").fill_(-1)
         self._report = torch.zeros(1, dtype=torch.int64, pin_memory=True)
         self._snapshot, self._build = library.make_device_pager(
             self._memory,

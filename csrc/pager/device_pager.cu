@@ -1,0 +1,86 @@
+// The pager's two kernels; see device_pager.h.
+#include <algorithm>
+
+#include "common/cuda_check.h"
+#include "pager/device_emit.cuh"
+#include "pager/device_forest.cuh"
+#include "pager/device_order.cuh"
+#include "pager/device_pager.h"
+#include "pager/device_snapshot.cuh"
+
+namespace flashcore {
+namespace pager {
+
+constexpr size_t kBuildSharedBytes = std::max({sizeof(OrderShared), sizeof(ForestShared), sizeof(EmitShared)});
+
+// Grid: one CTA of 1024 threads per multiprocessor, launched cooperatively, because its barriers want all CTAs
+// resident.
+__global__ void __launch_bounds__(kPagerRows, 1) build_kernel(const __grid_constant__ DevicePagerParams p) {
+  const PagerState& state = *p.state;
+  const int rows = state.rows;
+  // CTA 0 changes these words only where all CTAs have passed a barrier since, or writes what they are.
+  const unsigned long long violation = state.violation;
+  const bool append = state.appendable && !state.changed && violation == 0 && state.forest_rows == rows;
+  GridBarrier barrier(&p.state->barrier);
+  Sharers sharers{};
+  if (!append) {
+    sharers = order_rows(p, shared_memory<OrderShared>(), rows, barrier);
+    barrier.arrive();
+  }
+  if (blockIdx.x == 0) {
+    ForestShared& s = shared_memory<ForestShared>();
+    // Those that emit need all warps afterwards, and racecheck cannot follow warps that leave barriers out and come
+    // back.
+    const int threads = p.emit ? kPagerRows : (rows + 31) & ~31;
+    if (threadIdx.x < threads) {
+      append ? append_rows(p, s, rows, threads) : build_forest(p, s, rows, threads, violation, sharers, barrier);
+    }
+  } else if (p.emit && !append) {
+    barrier.wait();
+  }
+  if (!p.emit) return;
+  barrier.arrive();
+  barrier.wait();
+  EmitShared& s = shared_memory<EmitShared>();
+  const EmitShare share = load_segments(p, s);
+  emit_all_pages(p, s, share);
+  barrier.arrive();
+  barrier.wait();
+  emit_all_runs(p, s, share);
+}
+
+}  // namespace pager
+
+void prepare_build(int ctas) {
+  int device = 0, multiprocessors = 0, per_multiprocessor = 0;
+  FC_CUDA(cudaGetDevice(&device));
+  FC_CUDA(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  FC_CUDA(
+      cudaFuncSetAttribute(pager::build_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, pager::kBuildSharedBytes));
+  FC_CUDA(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, pager::build_kernel, kPagerRows,
+                                                        pager::kBuildSharedBytes));
+  FC_CHECK(ctas >= 1 && ctas <= multiprocessors * per_multiprocessor)
+      << "ctas: want 1 .. " << multiprocessors * per_multiprocessor << ", what device " << device
+      << " holds at once, got " << ctas;
+}
+
+void launch_snapshot(const DevicePagerParams& params, const SnapshotInput& input, int ctas, cudaStream_t stream) {
+  pager::snapshot_kernel<<<2 * ctas, pager::kSnapshotThreads, sizeof(pager::SnapshotShared), stream>>>(params, input);
+  FC_CUDA(cudaGetLastError());
+}
+
+void launch_build(const DevicePagerParams& params, int ctas, cudaStream_t stream) {
+  cudaLaunchAttribute cooperative{};
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(ctas);
+  config.blockDim = dim3(kPagerRows);
+  config.dynamicSmemBytes = pager::kBuildSharedBytes;
+  config.stream = stream;
+  config.attrs = &cooperative;
+  config.numAttrs = 1;
+  FC_CUDA(cudaLaunchKernelEx(&config, pager::build_kernel, params));
+}
+
+}  // namespace flashcore
