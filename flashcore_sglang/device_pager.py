@@ -90,6 +90,8 @@ class DevicePager:
         cost_model: when sharing pays; None: the one measured on Hopper.
         sharing:    False: every row reads its own pages.
         canonical:  also write ``page_indices``, ``run_indptr`` and ``runs``, which repeat what the snapshot holds.
+        max_entries: the most entries of ``row_segments``, at least ``max_rows``. A batch that would have more shares
+                    nothing. None: no bound.
         device:     a CUDA device.
 
     Raises ValueError for sizes that are not served, RuntimeError if CUDA refuses.
@@ -105,6 +107,7 @@ class DevicePager:
         cost_model: CostModel | None = None,
         sharing: bool = True,
         canonical: bool = False,
+        max_entries: int | None = None,
         device: torch.device | str = "cuda",
     ) -> None:
         library = build.library("cuda")
@@ -132,6 +135,7 @@ class DevicePager:
             cost.token_cost,
             cost.segment_cost,
             cost.partial_cost,
+            _INT_MAX if max_entries is None else max_entries,
         )
 
     @property

@@ -47,12 +47,18 @@ class GpuDecode:
         self.page_size, self.max_rows = page_size, max_rows
         self._heads, self._kv_heads, self._head_dim = heads, kv_heads, head_dim
         self._library = build.library("cuda")
+        self._partials = 4096 + 8 * max_rows  # partial results: one for each row of each piece of a segment
         self.pager = DevicePager(
-            page_size, max_rows=max_rows, max_tokens=max_tokens, num_pages=num_pages, sharing=sharing, device=device
+            page_size,
+            max_rows=max_rows,
+            max_tokens=max_tokens,
+            num_pages=num_pages,
+            sharing=sharing,
+            max_entries=self._partials,
+            device=device,
         )
         self._layout = self.pager.layout(max_rows)
         self._segments = self._layout.segment_rows.shape[0]
-        self._partials = max(2048, 8 * max_rows)
         costs = json.loads((config_dir() / "schedule.json").read_text())["hopper"]
         self._costs = (costs["wide_ns"], costs["narrow_ns"], costs["hbm_ps"])
         size = self._library.decode_workspace_bytes(max_rows, self._segments, heads, kv_heads, head_dim, self._partials)

@@ -1,6 +1,7 @@
 // Decode attention over the CSR layout: sizes, workspace and the params structs of its three kernels
 // (schedule.cu -> decode.cuh -> merge.cu). Shape letters: B requests, H query heads, G KV heads, R = H / G, D head dim,
-// P page size, S segments. A q_row of a segment is (row, head of the group): row = q_row / R, head = kv_head * R + q_row % R.
+// P page size, S segments. A q_row of a segment is (row, head of the group): row = q_row / R, head = kv_head * R +
+// q_row % R.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -12,6 +13,7 @@ namespace flashcore {
 constexpr int kNarrowRows = 64;  // q_rows of one consumer warpgroup; a wide item has up to two of these
 constexpr int kWideRows = 128;
 constexpr int kMinEntries = 2048;
+constexpr int kOwnerShift = 16;
 
 // The pager's output (see the layout's documentation). Device memory, int32, not owned.
 struct LayoutView {
@@ -19,7 +21,7 @@ struct LayoutView {
   const int* row_order;          // [B]
   const int* segment_rows;       // [S, 2] into row_order
   const int* segment_positions;  // [S, 2]
-  const int* page_indptr;        // [S + 1]
+  const int* page_indptr;        // [S + 1] first entry of each segment in page_indices; the last is not used
   const int* page_indices;       // [N]
   const int* row_indptr;         // [B + 1]
   const int* row_segments;       // [E]
@@ -27,7 +29,7 @@ struct LayoutView {
   int segment_capacity;
   int page_capacity;
   int row_segment_capacity;
-  int page_size;                 // P
+  int page_size;  // P
 };
 
 // One (segment, row tile, chunk of its tokens), for every KV head. 32 bytes.
@@ -39,7 +41,7 @@ struct alignas(16) WorkItem {
   int token;       // first token of the chunk, counted from the start of that page
   int num_tokens;  // 0 ends the list
   int partial;     // partial slot of the segment's first row for this chunk
-  int kv_head;     // filled in when the item is taken
+  int kv_head;     // filled in when the item is taken; from bit kOwnerShift: its warpgroups, their q phases
 };
 
 // What merge needs of a segment. 16 bytes.
@@ -48,10 +50,10 @@ struct alignas(16) SegmentInfo {
 };
 
 struct ScheduleHeader {
-  int taken[2];     // dynamic counters: wide, narrow; merge sets them to 0 again
-  int entries[2];   // work items per KV head: wide, narrow
-  int wide_ctas;    // CTAs that start on the wide list
-  int overflow;     // 1: partial slots ran out (rows of the last segments are wrong; see decode_workspace_bytes)
+  int taken[2];    // dynamic counters: wide, narrow; merge sets them to 0 again
+  int entries[2];  // work items per KV head: wide, narrow
+  int wide_ctas;   // CTAs that start on the wide list
+  int overflow;    // 1: partial slots ran out (rows of the last segments are wrong; see decode_workspace_bytes)
   int pad[10];
 };
 
@@ -65,13 +67,19 @@ constexpr size_t align_up(size_t x, size_t a = 256) { return (x + a - 1) / a * a
 
 // entry_capacity: unsplit tiles of S segments and of their rows, and room to split.
 // partial_capacity: rows of partial results; the schedule splits less when they run short.
-inline WorkspaceLayout workspace_layout(int batch, int segment_capacity, int heads, int kv_heads, int head_dim, int partial_capacity) {
+inline WorkspaceLayout workspace_layout(int batch, int segment_capacity, int heads, int kv_heads, int head_dim,
+                                        int partial_capacity) {
   WorkspaceLayout w{};
   const int ratio = heads / kv_heads;
   w.partial_capacity = partial_capacity;
-  w.entry_capacity = segment_capacity + kMinEntries + static_cast<int>((int64_t{partial_capacity} * ratio) / kNarrowRows);
+  w.entry_capacity =
+      segment_capacity + kMinEntries + static_cast<int>((int64_t{partial_capacity} * ratio) / kNarrowRows);
   size_t at = 0;
-  auto take = [&](size_t bytes) { size_t here = at; at = align_up(at + bytes); return here; };
+  auto take = [&](size_t bytes) {
+    size_t here = at;
+    at = align_up(at + bytes);
+    return here;
+  };
   w.header = take(sizeof(ScheduleHeader));
   w.segments = take(sizeof(SegmentInfo) * segment_capacity);
   w.row_tags = take(sizeof(int) * batch);
@@ -87,25 +95,31 @@ inline WorkspaceLayout workspace_layout(int batch, int segment_capacity, int hea
 struct Workspace {
   ScheduleHeader* header;
   SegmentInfo* segments;  // [S]
-  int* row_tags;          // [B] by position in row_order: row, top bit set when the row has one piece (goes straight to out)
-  int* row_positions;     // [B] by row: position in row_order
-  WorkItem* items;        // [entry_capacity] wide ones from the front, narrow ones after them
-  float* partial_lse2;    // [partial, H]
-  float* partial_out;     // [partial, H, D]
+  int* row_tags;  // [B] by position in row_order: row, top bit set when the row has one piece (goes straight to out)
+  int* row_positions;   // [B] by row: position in row_order
+  WorkItem* items;      // [entry_capacity] wide ones from the front, narrow ones after them
+  float* partial_lse2;  // [partial, H]
+  float* partial_out;   // [partial, H, D]
   int entry_capacity, partial_capacity;
 };
 
 inline Workspace bind_workspace(const WorkspaceLayout& w, void* base) {
   char* p = static_cast<char*>(base);
-  return {reinterpret_cast<ScheduleHeader*>(p + w.header), reinterpret_cast<SegmentInfo*>(p + w.segments),
-          reinterpret_cast<int*>(p + w.row_tags), reinterpret_cast<int*>(p + w.row_positions),
-          reinterpret_cast<WorkItem*>(p + w.items), reinterpret_cast<float*>(p + w.partial_lse2),
-          reinterpret_cast<float*>(p + w.partial_out), w.entry_capacity, w.partial_capacity};
+  return {reinterpret_cast<ScheduleHeader*>(p + w.header),
+          reinterpret_cast<SegmentInfo*>(p + w.segments),
+          reinterpret_cast<int*>(p + w.row_tags),
+          reinterpret_cast<int*>(p + w.row_positions),
+          reinterpret_cast<WorkItem*>(p + w.items),
+          reinterpret_cast<float*>(p + w.partial_lse2),
+          reinterpret_cast<float*>(p + w.partial_out),
+          w.entry_capacity,
+          w.partial_capacity};
 }
 
 // Nanoseconds per tile of `tile_tokens` x 128 q_rows (see configs/); only their ratios matter.
 struct TileCosts {
-  int wide_ns, narrow_ns, hbm_ps;  // one CTA computing a wide tile; a narrow tile; the whole card loading a tile (picoseconds)
+  int wide_ns, narrow_ns,
+      hbm_ps;  // one CTA computing a wide tile; a narrow tile; the whole card loading a tile (picoseconds)
   int tile_tokens;
 };
 
@@ -118,19 +132,20 @@ struct ScheduleParams {
 
 // Strides in elements.
 struct DecodeParams {
-  const void* q;        // [B, H, D]
-  void* out;            // [B, H, D]
+  const void* q;  // [B, H, D]
+  void* out;      // [B, H, D]
   const int* page_indices;
-  const float* sinks;   // [H] natural log, or nullptr
+  const float* sinks;  // [H] natural log, or nullptr
   Workspace work;
   int64_t q_row_stride, out_row_stride;
-  const void* k;        // [slots, G, D]
+  const void* k;  // [slots, G, D]
   const void* v;
   int64_t kv_slot_stride, kv_head_stride;  // the same for k and v
+  uint32_t kv_slot_units, kv_head_units;   // the same in 16 bytes
   int batch, heads, kv_heads, ratio, page_size, num_slots, page_capacity;
-  float scale_log2;     // scale * log2(e)
-  float logit_cap;      // 0: none
-  float scale;
+  float scale_log2;      // scale * log2(e); with a cap log2(e) alone, the cap has applied the scale
+  float logit_cap;       // 0: none
+  float cap_scale_log2;  // 2 * scale / logit_cap * log2(e)
 };
 
 struct MergeParams {

@@ -32,7 +32,7 @@ struct ForestShared {
   int first_segment[kPagerRows];  // by position: of the groups that begin there, and the row's own
   int entries_of[kPagerRows], first_entry[kPagerRows];  // by row, of row_segments
   int pages[2 * kPagerRows];                            // of a segment
-  int scratch[2][32];                                   // of one scan each
+  int scratch[3][32];                                   // of one scan each
 };
 
 // How many boundaries from `at` on have LCPs of at least `depth` > 0; their number is below 2^levels. Minima that would
@@ -137,6 +137,16 @@ __device__ __forceinline__ void decide(const DevicePagerParams& p, ForestShared&
     }
     undecided = false;
   }
+}
+
+// Attention keeps a partial result for every row of every segment. Where there would be more of them than it has room
+// for, nothing is shared: every row then has one segment.
+__device__ __forceinline__ void bound_entries(const DevicePagerParams& p, ForestShared& s, int rows, int threads) {
+  const int k = threadIdx.x;
+  int of_groups;
+  block_scan(s.kept[k] ? s.row_end[k] - s.row_begin[k] : 0, threads, s.scratch[2], &of_groups);
+  if (of_groups + rows > p.max_entries) s.kept[k] = s.groups_at[k] = 0;
+  sync_first(threads);
 }
 
 __device__ __forceinline__ int nearest_kept(const ForestShared& s, int node) {
@@ -250,6 +260,7 @@ __device__ __forceinline__ void build_forest(const DevicePagerParams& p, ForestS
   if (placed.any_sharing) {
     build_tree(s, rows, threads);
     decide(p, s, threads);
+    bound_entries(p, s, rows, threads);
   }
   const int num_segments = write_segments(p, s, rows, threads);
   write_page_indptr(p, s, num_segments, threads);

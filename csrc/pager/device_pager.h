@@ -78,6 +78,7 @@ struct DevicePagerParams {
   int num_pages;                           // ids outside [0, num_pages) are read as page 0
   bool sharing, emit;
   int64_t token_cost, segment_cost, partial_cost;
+  int max_entries;  // of row_segments; a batch that would have more shares nothing. At least max_rows
 
   PagerState* state;
   unsigned long long* report;  // mapped host memory: the last violation, as `violation`; 0: none. The host clears it.

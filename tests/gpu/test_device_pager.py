@@ -315,3 +315,28 @@ def test_arguments_that_do_not_fit_are_value_errors():
     ):
         with pytest.raises(ValueError, match=message):
             DevicePager(**{"page_size": 1, "max_rows": 4, "max_tokens": 64, "num_pages": 8, **sizes})
+
+
+@pytest.mark.parametrize("max_entries", [63 + 64 * 65 // 2, 64])
+def test_more_entries_than_there_is_room_for_share_nothing(max_entries):
+    """Row r agrees with row r + 1 on r + 1 tokens: nested groups of 64, 63 .. 2 rows, and 64 own parts."""
+    rows = 64
+    table = torch.arange(1, rows + 2, dtype=torch.int32).repeat(rows + 1, 1)
+    for row in range(rows):
+        table[row + 1, row + 1] = 1000 + row
+    pager = DevicePager(
+        1,
+        max_rows=rows,
+        max_tokens=rows + 1,
+        num_pages=2000,
+        cost_model=SHARE_ALWAYS,
+        canonical=True,
+        max_entries=max_entries,
+    )
+    lens = torch.arange(2, rows + 2)
+    pager.snapshot(table.cuda(), torch.arange(1, rows + 1).cuda(), lens.cuda())
+    pager.build()
+    layout = pager.layout(rows).to_cpu()
+    assert (layout.num_segments == rows) == (max_entries == 64)
+    assert layout.row_segments.numel() <= max_entries
+    assert layout.tokens_wanted == int(lens.sum())

@@ -1,0 +1,33 @@
+// Host side: tensor maps of the KV pool, and launches that may overlap the tail of the kernel before (PDL).
+#pragma once
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include "attention/params.h"
+#include "common/cuda_check.h"
+
+namespace flashcore {
+
+// Box of `rows` tokens (a multiple of 8) of one KV head, starting at any slot, laid out in shared memory as
+// [rows / 8][head_dim / 64][8][64 elements], 128-byte swizzle. Coordinates: (0, slot, 0, 0, kv_head).
+// The token axis appears twice, as 8 tokens and as groups of 8, so that one copy makes the order WGMMA wants.
+void encode_kv_map(CUtensorMap* map, DType dtype, const void* base, int num_slots, int kv_heads, int head_dim,
+                   int64_t slot_stride, int64_t head_stride, int rows);
+
+template <typename... Params>
+void launch_dependent(void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem, cudaStream_t stream,
+                      const Params&... params) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = smem;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  FC_CUDA(cudaLaunchKernelEx(&config, kernel, params...));
+}
+
+}  // namespace flashcore

@@ -1,0 +1,211 @@
+"""Forests of requests over a paged pool, and the kernels of the CUDA library called on them, for the GPU tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from flashcore_sglang import build
+from flashcore_sglang.config import SHARE_ALWAYS, CostModel
+from flashcore_sglang.layout import CsrLayout, build_layout_from_slots
+
+
+@dataclass
+class Forest:
+    """Requests over a pool. ``table`` [B + 1, T]: slots of request r in row r + 1; row 0 is padding."""
+
+    page_size: int
+    num_pages: int
+    table: torch.Tensor
+    seq_lens: torch.Tensor
+
+    @property
+    def batch(self) -> int:
+        return self.seq_lens.numel()
+
+    @property
+    def num_slots(self) -> int:
+        return self.num_pages * self.page_size
+
+    def slots(self, request: int) -> torch.Tensor:
+        return self.table[request + 1, : int(self.seq_lens[request])].long()
+
+    def layout(self, cost: CostModel = SHARE_ALWAYS) -> CsrLayout:
+        return build_layout_from_slots(
+            self.table,
+            torch.arange(1, self.batch + 1),
+            self.seq_lens,
+            self.page_size,
+            num_pages=self.num_pages,
+            cost_model=cost,
+        )
+
+    def reordered(self, order: torch.Tensor) -> Forest:
+        table = torch.cat([self.table[:1], self.table[1:][order]])
+        return Forest(self.page_size, self.num_pages, table, self.seq_lens[order])
+
+
+def forest(
+    levels: list[tuple[int, int]], page_size: int = 1, order: str = "runs", lens: list[int] | None = None, seed: int = 0
+) -> Forest:
+    """Tree with ``levels`` of (nodes, tokens); the last level's nodes are the requests, tokens the longest of them.
+
+    ``order``: "runs" (a node's pages are consecutive), "interleaved" (the last level's pages lie ``requests`` apart, as
+    generated tokens do) or "permuted". ``lens``: own tokens of each request on the last level.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    batch = levels[-1][0]
+    next_page, columns = 1, []  # page 0 is padding
+    for depth, (nodes, tokens) in enumerate(levels):
+        blocks = -(-tokens // page_size)
+        assert depth == len(levels) - 1 or tokens % page_size == 0
+        ids = torch.arange(nodes * blocks, dtype=torch.int32)
+        ids = (
+            ids.view(blocks, nodes).T
+            if order == "interleaved" and depth == len(levels) - 1
+            else ids.view(nodes, blocks)
+        )
+        columns.append((next_page + ids)[torch.arange(batch) * nodes // batch])
+        next_page += nodes * blocks
+    pages = torch.cat(columns, 1)
+    if order == "permuted":
+        permutation = torch.cat(
+            [
+                torch.zeros(1, dtype=torch.int32),
+                1 + torch.randperm(next_page - 1, generator=generator, dtype=torch.int32),
+            ]
+        )
+        pages = permutation[pages.long()]
+    slots = (pages.unsqueeze(-1) * page_size + torch.arange(page_size, dtype=torch.int32)).view(batch, -1)
+    shared = sum(tokens for _, tokens in levels[:-1])
+    own = torch.tensor(lens if lens is not None else [levels[-1][1]] * batch)
+    table = torch.zeros(batch + 1, slots.shape[1], dtype=torch.int32)
+    table[1:] = slots
+    return Forest(page_size, next_page, table, (shared + own).to(torch.int32))
+
+
+def pools(
+    f: Forest, kv_heads: int, head_dim: int, dtype: torch.dtype, seed: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V with NaN in every slot that no request owns."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    k, v = (
+        torch.randn(f.num_slots, kv_heads, head_dim, device="cuda", dtype=dtype, generator=generator) for _ in range(2)
+    )
+    owned = torch.zeros(f.num_slots, dtype=torch.bool)
+    for r in range(f.batch):
+        owned[f.slots(r)] = True
+    k[~owned.cuda()] = float("nan")
+    v[~owned.cuda()] = float("nan")
+    return k, v
+
+
+class Decode:
+    """The three kernels on one layout."""
+
+    def __init__(
+        self, layout: CsrLayout, heads: int, kv_heads: int, head_dim: int, partial_capacity: int | None = None
+    ):
+        self.library = build.library("cuda")
+        self.heads, self.kv_heads, self.head_dim, self.page_size = heads, kv_heads, head_dim, layout.page_size
+        self.segments = max(layout.num_segments, 1)
+        sizes = [
+            layout.num_segments,
+            layout.page_indices.numel(),
+            layout.runs.shape[0],
+            layout.row_segments.numel(),
+            0,
+            0,
+            0,
+            0,
+        ]
+
+        def pad(t: torch.Tensor, n: int) -> torch.Tensor:
+            return torch.cat([t.flatten(), torch.zeros(max(0, n - t.numel()), dtype=torch.int32)]).cuda()
+
+        self.sizes = torch.tensor(sizes, dtype=torch.int32).cuda()
+        self.row_order, self.row_indptr = layout.row_order.cuda(), layout.row_indptr.cuda()
+        self.segment_rows, self.segment_positions = pad(layout.segment_rows, 2), pad(layout.segment_positions, 2)
+        self.page_indptr, self.page_indices = pad(layout.page_indptr, 2), pad(layout.page_indices, 1)
+        self.row_segments = pad(layout.row_segments, 1)
+        self.partials = partial_capacity or 4096 + 8 * layout.num_rows
+        size = self.library.decode_workspace_bytes(
+            layout.num_rows, self.segments, heads, kv_heads, head_dim, self.partials
+        )
+        self.workspace = torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda")
+
+    def schedule(self) -> None:
+        self.library.decode_schedule(
+            self.sizes,
+            self.row_order,
+            self.segment_rows,
+            self.segment_positions,
+            self.page_indptr,
+            self.page_indices,
+            self.row_indptr,
+            self.row_segments,
+            self.workspace,
+            self.page_size,
+            self.heads,
+            self.kv_heads,
+            self.head_dim,
+            self.partials,
+            1900,
+            1100,
+            22000,
+        )
+
+    def run(self, q, k, v, out, *, scale: float, logit_cap: float = 0.0, sinks: torch.Tensor | None = None) -> None:
+        self.library.decode(
+            q,
+            k,
+            v,
+            self.page_indices,
+            self.row_indptr,
+            self.row_segments,
+            self.workspace,
+            out,
+            self.segments,
+            self.partials,
+            self.page_size,
+            scale,
+            logit_cap,
+            sinks,
+        )
+
+    def __call__(self, q, k, v, **options) -> torch.Tensor:
+        self.schedule()
+        out = torch.full_like(q, float("nan"))
+        self.run(q, k, v, out, **options)
+        return out
+
+
+def exact(f: Forest, q, k, v, *, scale: float, logit_cap: float = 0.0, sinks=None, dtype=torch.float64) -> torch.Tensor:
+    """Attention request by request in ``dtype``, the definition. Probabilities are rounded as ``dtype`` rounds."""
+    out = torch.zeros(q.shape, dtype=dtype, device=q.device)
+    group = q.shape[1] // k.shape[1]
+    for r in range(f.batch):
+        slots = f.slots(r).cuda()
+        if slots.numel() == 0:
+            continue
+        keys, values = (x[slots].to(dtype).repeat_interleave(group, 1) for x in (k, v))
+        scores = torch.einsum("hd,thd->ht", q[r].to(dtype), keys) * scale
+        if logit_cap:
+            scores = logit_cap * torch.tanh(scores / logit_cap)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.to(dtype)[:, None]], 1)
+        probs = torch.softmax(scores, 1)[:, : slots.numel()]
+        out[r] = torch.einsum("ht,thd->hd", probs, values)
+    return out
+
+
+def assert_accurate(f: Forest, out, q, k, v, **options) -> None:
+    """Error against float64 at most twice that of the same computation in q's dtype; every element is finite."""
+    want = exact(f, q, k, v, **options)
+    plain = exact(f, q, k, v, dtype=q.dtype, **options).double()
+    assert torch.isfinite(out).all(), f"{int((~torch.isfinite(out)).sum())} elements are not finite"
+    ours, theirs = (out.double() - want).norm(), (plain - want).norm()
+    assert ours <= 2 * theirs + 1e-6 * want.norm(), (
+        f"error {ours / want.norm():.2e}, plain PyTorch's {theirs / want.norm():.2e}"
+    )

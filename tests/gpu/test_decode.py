@@ -1,0 +1,180 @@
+"""The decode kernels against float64, on a GPU."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+
+if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+    pytest.skip("no Hopper GPU", allow_module_level=True)
+
+from gpu.decode_cases import Decode, Forest, assert_accurate, forest, pools
+
+pytestmark = pytest.mark.gpu
+
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+def attend(f: Forest, heads=32, kv_heads=8, head_dim=128, dtype=BF16, sinks=False, logit_cap=0.0, spread=1.0):
+    k, v = pools(f, kv_heads, head_dim, dtype)
+    q = torch.randn(f.batch, heads, head_dim, device="cuda", dtype=dtype) * spread
+    options = {"scale": head_dim**-0.5, "logit_cap": logit_cap}
+    options["sinks"] = torch.randn(heads, device="cuda") if sinks else None
+    out = Decode(f.layout(), heads, kv_heads, head_dim)(q, k, v, **options)
+    torch.cuda.synchronize()
+    assert_accurate(f, out, q, k, v, **options)
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 257, 1000, 5000])
+def test_one_request_of_any_length_is_exact(length):
+    attend(forest([(1, length)]))
+
+
+@pytest.mark.parametrize("order", ["runs", "interleaved", "permuted"])
+@pytest.mark.parametrize("page_size", [1, 2, 16, 48, 64, 128])
+def test_pages_of_any_size_and_order_are_read_right(page_size, order):
+    attend(forest([(1, 4 * 768), (5, 800)], page_size, order, lens=[1, 128, 799, 800, 300]))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_head_dims_and_dtypes_are_exact(head_dim, dtype):
+    attend(forest([(1, 640), (40, 300)], order="permuted"), head_dim=head_dim, dtype=dtype)
+    attend(forest([(3, 700)]), head_dim=head_dim, dtype=dtype)
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(8, 8), (32, 8), (28, 4), (12, 2), (16, 1), (6, 2), (40, 8), (5, 1)])
+def test_head_ratios_are_exact(heads, kv_heads):
+    attend(forest([(1, 500), (33, 70)]), heads=heads, kv_heads=kv_heads)
+
+
+@pytest.mark.parametrize(
+    "levels",
+    [
+        [(64, 200)],
+        [(1, 2048), (16, 100)],
+        [(1, 1024), (64, 64)],
+        [(1, 512), (4, 256), (64, 40)],
+        [(4, 512), (32, 256), (256, 64), (1024, 32)],
+        [(1, 4096), (256, 33)],
+    ],
+)
+def test_forests_are_exact(levels):
+    attend(forest(levels, order="interleaved"))
+
+
+def test_one_long_request_among_short_ones_is_exact():
+    attend(forest([(9, 70000)], lens=[70000] + [100] * 8))
+
+
+def test_a_request_of_length_zero_gives_zeros():
+    f = forest([(4, 100)], lens=[0, 50, 0, 100])
+    attend(f)
+    attend(f, sinks=True)
+
+
+@pytest.mark.parametrize("logit_cap, sinks", [(30.0, False), (0.0, True), (50.0, True)])
+def test_logit_cap_and_sinks_are_exact(logit_cap, sinks):
+    for levels in ([(1, 1000), (40, 200)], [(3, 300)]):
+        attend(forest(levels), logit_cap=logit_cap, sinks=sinks, spread=4.0)
+
+
+def test_random_forests_are_exact():
+    rng = random.Random(7)
+    for _ in range(25):
+        page_size = rng.choice([1, 1, 16, 64])
+        levels, nodes = [], 1
+        for _ in range(rng.randint(0, 3)):
+            nodes *= rng.choice([1, 2, 4])
+            levels.append((nodes, page_size * rng.randint(1, 900 // page_size)))
+        own = rng.randint(1, 700)
+        nodes *= rng.choice([1, 3, 8])
+        kv_heads = rng.choice([1, 2, 8])
+        f = forest(
+            [*levels, (nodes, own)],
+            page_size,
+            rng.choice(["runs", "interleaved", "permuted"]),
+            [rng.randint(1, own) for _ in range(nodes)],
+        )
+        attend(
+            f, kv_heads * rng.choice([1, 2, 4, 7]), kv_heads, rng.choice([64, 128, 128, 256]), rng.choice([BF16, FP16])
+        )
+
+
+def _setup(f: Forest):
+    k, v = pools(f, 8, 128, BF16)
+    return torch.randn(f.batch, 32, 128, device="cuda", dtype=BF16), k, v, Decode(f.layout(), 32, 8, 128)
+
+
+MIXED = [(2, 1024), (8, 256), (64, 300)]
+
+
+def test_two_runs_agree_bitwise():
+    q, k, v, decode = _setup(forest(MIXED, order="interleaved"))
+    first = decode(q, k, v, scale=0.1)
+    for _ in range(20):
+        assert torch.equal(decode(q, k, v, scale=0.1), first)
+
+
+def test_a_graph_replay_equals_eager_bitwise():
+    q, k, v, decode = _setup(forest(MIXED, order="interleaved"))
+    want = decode(q, k, v, scale=0.1)
+    out = torch.empty_like(q)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        decode.schedule()
+        for _ in range(3):
+            decode.run(q, k, v, out, scale=0.1)
+    for _ in range(3):
+        out.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(out, want)
+
+
+def test_permuting_requests_permutes_outputs():
+    f = forest(MIXED)
+    q, k, v, decode = _setup(f)
+    order = torch.randperm(f.batch)
+    g = f.reordered(order)
+    a, b = decode(q, k, v, scale=0.1), Decode(g.layout(), 32, 8, 128)(q[order.cuda()], k, v, scale=0.1)
+    torch.testing.assert_close(b, a[order.cuda()], atol=2e-2, rtol=2e-2)
+
+
+def test_few_partial_slots_split_less_and_stay_exact():
+    f = forest([(2, 20000)])
+    k, v = pools(f, 8, 128, BF16)
+    q = torch.randn(2, 32, 128, device="cuda", dtype=BF16)
+    out = Decode(f.layout(), 32, 8, 128, partial_capacity=5)(q, k, v, scale=0.1)
+    assert_accurate(f, out, q, k, v, scale=0.1)
+
+
+def test_bad_arguments_are_named():
+    q, k, v, decode = _setup(forest([(2, 64)]))
+    decode.schedule()
+    out = torch.empty_like(q)
+    for bad, name in [
+        (lambda: decode.run(q.float(), k, v, out, scale=1.0), "q: want bfloat16 or float16"),
+        (lambda: decode.run(q, k[:, :, :64], v, out, scale=1.0), "k_cache: want"),
+        (lambda: decode.run(q, k, v[:-1], out, scale=1.0), "v_cache: want"),
+        (lambda: decode.run(q, k, v, out.cpu(), scale=1.0), "out: want a CUDA tensor"),
+        (lambda: decode.run(q, k, v, out, scale=-1.0), "scale: want"),
+        (lambda: decode.run(q, k, v, out, scale=1.0, sinks=torch.zeros(3, device="cuda")), "sinks: want"),
+    ]:
+        with pytest.raises(ValueError, match=name):
+            bad()
+
+
+def test_tables_out_of_range_fault_nothing():
+    f = forest([(1, 300), (8, 300)])
+    q, k, v, decode = _setup(f)
+    for array, value in itertools.product(
+        ("page_indices", "row_order", "segment_rows", "segment_positions", "row_segments"), (-5, 1 << 30)
+    ):
+        good = getattr(decode, array).clone()
+        getattr(decode, array)[::3] = value
+        decode(q, k, v, scale=0.1)
+        torch.cuda.synchronize()
+        getattr(decode, array).copy_(good)

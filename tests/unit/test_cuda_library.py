@@ -1,0 +1,62 @@
+"""The CUDA library compiles without a GPU; its machine code is what the kernels were written for."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from flashcore_sglang import build
+
+try:
+    build.nvcc()
+except RuntimeError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+
+def cuobjdump() -> str:
+    """On PATH, or the one that Triton carries."""
+    if found := shutil.which("cuobjdump"):
+        return found
+    triton = find_spec("triton")
+    carried = triton and triton.origin and Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump"
+    if not carried or not carried.is_file():
+        pytest.skip("cuobjdump: not on PATH and not in triton")
+    return str(carried)
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    return build.build("cuda")
+
+
+@pytest.fixture(scope="module")
+def report(library: Path) -> str:
+    """What ptxas said of every kernel."""
+    return (library.parent / "compile.log").read_text()
+
+
+def test_every_kernel_has_a_resource_report(report: str) -> None:
+    assert len(re.findall(r"Used \d+ registers", report)) >= 8
+
+
+def test_no_kernel_spills(report: str) -> None:
+    spilled = re.findall(r"([1-9]\d*) bytes spill", report)
+    assert spilled == [], report
+
+
+def test_no_kernel_uses_a_stack_frame(report: str) -> None:
+    framed = re.findall(r"([1-9]\d*) bytes stack frame", report)
+    assert framed == [], report
+
+
+def test_attention_kernels_issue_warpgroup_matrix_products(library: Path) -> None:
+    sass = subprocess.run([cuobjdump(), "--dump-sass", str(library)], capture_output=True, text=True, check=True).stdout
+    kernels = dict(re.findall(r"Function : (\S+)\n(.*?)(?=Function : |\Z)", sass, re.S))
+    attention = {name: code for name, code in kernels.items() if "decode_kernel" in name}
+    assert attention, sorted(kernels)
+    assert [name for name, code in attention.items() if "HGMMA" not in code] == []
