@@ -53,7 +53,7 @@ struct ScheduleHeader {
   int taken[2];    // dynamic counters: wide, narrow; merge sets them to 0 again
   int entries[2];  // work items per KV head: wide, narrow
   int wide_ctas;   // CTAs that start on the wide list
-  int overflow;    // 1: partial slots ran out (rows of the last segments are wrong; see decode_workspace_bytes)
+  int overflow;    // 1: partial slots ran out, some rows are wrong: row_segments must be bounded by partial_capacity
   int pad[10];
 };
 

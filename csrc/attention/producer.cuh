@@ -187,7 +187,9 @@ __device__ __forceinline__ void produce(const DecodeParams& p, const TensorMaps&
       if (!last) {
         ahead = load_pages(p, *item, t + kBlock * C::kTile + share_token<C>(), C::kTile);
       } else {
-        if (warp == 0 && s.feed.wants > 0) index = claim<C>(p, s, s.feed.wants, ptx::thread_id() % 32);
+        const int wants = warp == 0 ? s.feed.wants : 0;
+        __syncwarp();  // lane 0 clears it in claim
+        if (wants > 0) index = claim<C>(p, s, wants, ptx::thread_id() % 32);
         looked = item_ready<C>(s, read.next());
         if (looked) load_next<C>(p, s.items[read.next().slot()], ahead, tag, warp);
       }
