@@ -29,7 +29,7 @@ from torch import Tensor
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from gpu.decode_cases import Decode, Forest, forest  # type: ignore[import-not-found]  # noqa: E402
+from gpu.decode_cases import Decode, Forest, forest  # noqa: E402
 
 from flashcore_sglang.config import cost_model  # noqa: E402
 
@@ -100,7 +100,7 @@ def microseconds(graph: torch.cuda.CUDAGraph, flush: Callable[[], None], replays
 
 
 def fa3(f: Forest, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Any]:
-    from sgl_kernel.flash_attn import (  # type: ignore[import-not-found]
+    from sgl_kernel.flash_attn import (
         flash_attn_with_kvcache,
         get_scheduler_metadata,
     )
@@ -150,7 +150,7 @@ def _pages_of(f: Forest) -> tuple[list[torch.Tensor], torch.Tensor]:
 
 
 def flashinfer_decode(f: Forest, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Any]:
-    import flashinfer  # type: ignore[import-not-found]
+    import flashinfer
 
     pages, last = _pages_of(f)
     indptr = torch.tensor([0, *(p.numel() for p in pages)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
