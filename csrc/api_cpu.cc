@@ -5,9 +5,11 @@
 #include <tvm/ffi/function.h>
 #include <tvm/ffi/optional.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <vector>
 
 #include "common/check.h"
 #include "pager/pager.h"
@@ -83,19 +85,7 @@ Array<Tensor> step(Pager& pager, int64_t num_pages, TensorView table, int64_t en
 
   const Layout l = pager.step(view, residency);
   const Status& status = pager.status();
-  const auto size = [](const std::vector<int32_t>& v, int columns = 1) {
-    return static_cast<int32_t>(v.size() / columns);
-  };
-  const std::vector<int32_t> sizes{size(l.segment_rows, 2),
-                                   size(l.page_indices),
-                                   size(l.runs, 2),
-                                   size(l.row_segments),
-                                   size(l.staged_pages),
-                                   pager.appended() ? 1 : 0,
-                                   0,
-                                   0};
-  return {to_tensor(sizes),
-          to_tensor({status.code, status.row, status.position, status.value}),
+  return {to_tensor({status.code, status.row, status.position, status.value, pager.appended() ? 1 : 0}),
           to_tensor(l.row_order),
           to_tensor(l.segment_rows, 2),
           to_tensor(l.segment_positions, 2),

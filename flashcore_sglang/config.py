@@ -50,7 +50,18 @@ def config_dir() -> Path:
     )
 
 
+def _constants(name: str, device: str) -> dict[str, int]:
+    return json.loads((config_dir() / f"{name}.json").read_text())[device]
+
+
 @functools.cache
 def cost_model(device: str) -> CostModel:
     """The model of configs/cost_model.json for ``"cpu"`` or ``"hopper"``."""
-    return CostModel(**json.loads((config_dir() / "cost_model.json").read_text())[device])
+    return CostModel(**_constants("cost_model", device))
+
+
+@functools.cache
+def schedule_costs(device: str) -> tuple[int, int, int]:
+    """(wide_ns, narrow_ns, hbm_ps) of configs/schedule.json for ``"hopper"``: the last arguments of decode_schedule."""
+    costs = _constants("schedule", device)
+    return costs["wide_ns"], costs["narrow_ns"], costs["hbm_ps"]

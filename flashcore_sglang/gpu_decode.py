@@ -6,13 +6,16 @@ captured. Every buffer is allocated by the constructor and never moves, so graph
 
 from __future__ import annotations
 
-import json
-
 import torch
 
 from flashcore_sglang import build
-from flashcore_sglang.config import config_dir
+from flashcore_sglang.config import schedule_costs
 from flashcore_sglang.device_pager import MAX_ROWS, DevicePager
+
+
+def partial_capacity(max_rows: int) -> int:
+    """Partial results there is room for: one for each row of each piece of a segment."""
+    return 4096 + 8 * max_rows
 
 
 class GpuDecode:
@@ -47,7 +50,7 @@ class GpuDecode:
         self.page_size, self.max_rows = page_size, max_rows
         self._heads, self._kv_heads, self._head_dim = heads, kv_heads, head_dim
         self._library = build.library("cuda")
-        self._partials = 4096 + 8 * max_rows  # partial results: one for each row of each piece of a segment
+        self._partials = partial_capacity(max_rows)
         self.pager = DevicePager(
             page_size,
             max_rows=max_rows,
@@ -59,8 +62,7 @@ class GpuDecode:
         )
         self._layout = self.pager.layout(max_rows)
         self._segments = self._layout.segment_rows.shape[0]
-        costs = json.loads((config_dir() / "schedule.json").read_text())["hopper"]
-        self._costs = (costs["wide_ns"], costs["narrow_ns"], costs["hbm_ps"])
+        self._costs = schedule_costs("hopper")
         size = self._library.decode_workspace_bytes(max_rows, self._segments, heads, kv_heads, head_dim, self._partials)
         self._workspace = torch.zeros(size, dtype=torch.uint8, device=device)
 

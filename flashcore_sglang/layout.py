@@ -237,11 +237,11 @@ class CsrPager:
         arrays: Any = self._run(
             table, entry_tokens, divisor, rows, begins, ends, may_share, resident, packed, check_blocks
         )
-        sizes, status, *tensors = (torch.from_dlpack(a) for a in arrays)
+        status, *tensors = (torch.from_dlpack(a) for a in arrays)
         values = dict(zip(_ARRAYS, tensors, strict=True))
-        code, row, position, value = status.tolist()
+        code, row, position, value, appended = status.tolist()
         return CsrLayout(
-            page_size=self.page_size, **values, status=(code, row, position, value), appended=bool(sizes[5])
+            page_size=self.page_size, **values, status=(code, row, position, value), appended=bool(appended)
         )
 
 

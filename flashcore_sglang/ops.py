@@ -191,14 +191,18 @@ def _attend_short(
     heads, groups = q.shape[1], k_cache.shape[1]
     rows = q[tokens].view(count * groups, heads // groups, -1)
     s = torch.bmm(rows, k_cache[slots].float().permute(0, 2, 3, 1).flatten(0, 1))
-    if logit_cap > 0:
-        s.div_(logit_cap).tanh_().mul_(logit_cap)
+    _cap(s, logit_cap)
     hidden = torch.arange(length, device=q.device) >= lengths[:, None]
     s.view(count, groups, -1, length).masked_fill_(hidden[:, None, None, :], -torch.inf)
     partial_lse = torch.logsumexp(s, dim=2)
     p = s.sub_(partial_lse[:, :, None]).exp_()
     partial = torch.bmm(p, v_cache[slots].float().transpose(1, 2).flatten(0, 1))
     _merge(tokens, partial.view(count, heads, -1), partial_lse.view(count, heads), acc, lse)
+
+
+def _cap(scores: torch.Tensor, logit_cap: float) -> None:
+    if logit_cap > 0:
+        scores.div_(logit_cap).tanh_().mul_(logit_cap)
 
 
 def _merge(
@@ -228,8 +232,7 @@ def _softmax_product(
     ratio = heads // groups
     rows = q.view(num_tokens, groups, ratio, dim).transpose(0, 1).reshape(groups, num_tokens * ratio, dim)
     s = torch.bmm(rows, keys)
-    if logit_cap > 0:
-        s.div_(logit_cap).tanh_().mul_(logit_cap)
+    _cap(s, logit_cap)
     if positions is not None:
         hidden = torch.arange(begin, begin + length, device=q.device)[None, :] > positions.to(q.device)[:, None]
         s.view(groups, num_tokens, ratio, length).masked_fill_(hidden[None, :, None, :], -torch.inf)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from flashcore_sglang import build
-from flashcore_sglang.config import SHARE_ALWAYS, CostModel
+from flashcore_sglang import build, gpu_decode
+from flashcore_sglang.config import SHARE_ALWAYS, CostModel, schedule_costs
 from flashcore_sglang.layout import CsrLayout, build_layout_from_slots
 
 
@@ -129,7 +129,7 @@ class Decode:
         self.segment_rows, self.segment_positions = pad(layout.segment_rows, 2), pad(layout.segment_positions, 2)
         self.page_indptr, self.page_indices = pad(layout.page_indptr, 2), pad(layout.page_indices, 1)
         self.row_segments = pad(layout.row_segments, 1)
-        self.partials = partial_capacity or 4096 + 8 * layout.num_rows
+        self.partials = partial_capacity or gpu_decode.partial_capacity(layout.num_rows)
         size = self.library.decode_workspace_bytes(
             layout.num_rows, self.segments, heads, kv_heads, head_dim, self.partials
         )
@@ -151,9 +151,7 @@ class Decode:
             self.kv_heads,
             self.head_dim,
             self.partials,
-            1900,
-            1100,
-            22000,
+            *schedule_costs("hopper"),
         )
 
     def run(self, q, k, v, out, *, scale: float, logit_cap: float = 0.0, sinks: torch.Tensor | None = None) -> None:
