@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import subprocess
+import pathlib
+import sys
 from collections.abc import Callable
 
 import torch
+from timing import ROOT, Flusher, captured, empty_graph_us, machine, microseconds
 
-from flashcore_sglang.device_pager import DevicePager
+sys.path[:0] = [str(ROOT)]
+
+from flashcore_sglang.device_pager import DevicePager  # noqa: E402
 
 STEPS = 20
 
@@ -34,46 +37,13 @@ def make_table(rows: int, tokens: int, page_size: int, shared: list[tuple[int, i
     return slots.flatten(1)[:, : tokens + 8].to(torch.int32).contiguous()
 
 
-def captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph
-
-
-def microseconds(graphs: list[torch.cuda.CUDAGraph], flush: torch.Tensor | None, repeats: int) -> float:
-    """Median time of a replay; the graphs take turns."""
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    for i, (begin, end) in enumerate(events):
-        if flush is not None:
-            flush.fill_(i)
-        begin.record()
-        graphs[i % len(graphs)].replay()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(begin.elapsed_time(end) * 1e3 for begin, end in events[len(events) // 4 :])
-
-
-def empty_graph(flush: torch.Tensor) -> float:
-    """Microseconds of a graph of two kernels that do nothing to speak of."""
-    word = torch.zeros(1, device="cuda")
-
-    def run() -> None:
-        word.fill_(1.0)
-        word.fill_(2.0)
-
-    return min(microseconds([captured(run)], flush, 20) for _ in range(5))
-
-
 def measure(
     rows: int,
     tokens: int,
     page_size: int,
     shared: list[tuple[int, int]],
     canonical: bool,
-    flush: torch.Tensor,
+    flush: Flusher,
     empty: float,
 ) -> dict[str, float]:
     tables = [make_table(rows, tokens, page_size, shared, seed) for seed in range(2)]
@@ -116,14 +86,13 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=pathlib.Path)
     path = parser.parse_args().json
-    revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    records = []
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, revision {revision}; microseconds per step")
-    flush = torch.empty(64 << 20, dtype=torch.int32, device="cuda")
-    empty = empty_graph(flush)
+    records, facts = [], machine()
+    print(f"{facts['gpu']}, torch {facts['torch']}, revision {facts['revision'][:12]}; microseconds per step")
+    flush = Flusher()
+    empty = empty_graph_us(flush, 2)
     columns = ("rebuild_cold", "replace_cold", "append_cold", "rebuild_warm", "append_warm")
     print(f"{'case':<44}" + "".join(f"{c:>14}" for c in columns) + f"{'segments':>10}{'MiB':>8}")
     forests = {
@@ -145,9 +114,7 @@ def main() -> None:
                       + f"{result['segments']:>10}{result['mebibytes']:>8.1f}", flush=True)  # fmt: skip
                 records.append({"case": label, "rows": rows, "tokens": tokens, "page_size": page_size, **result})
     if path:
-        with open(path, "w") as file:
-            json.dump({"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "revision": revision,
-                       "records": records}, file, indent=1)  # fmt: skip
+        path.write_text(json.dumps(facts | {"records": records}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,37 +47,54 @@ class Forest:
         return Forest(self.page_size, self.num_pages, table, self.seq_lens[order])
 
 
+Level = tuple[int | tuple[int, ...], int]
+"""(nodes, tokens) of one level of a tree: a number of nodes of equally many requests, or the requests of each node."""
+
+
+def nodes_of(nodes: int | tuple[int, ...], batch: int) -> torch.Tensor:
+    """[batch] the node that each request belongs to; ascending."""
+    if isinstance(nodes, int):
+        return torch.arange(batch) * nodes // batch
+    return torch.repeat_interleave(torch.arange(len(nodes)), torch.tensor(nodes))
+
+
+def _scattered(pages: int, order: str, generator: torch.Generator) -> torch.Tensor:
+    """Where each of a pool's pages goes. "permuted": anywhere. "fragmented": in runs of 1 to 31, as after churn."""
+    if order == "permuted":
+        return torch.randperm(pages, generator=generator, dtype=torch.int32)
+    cuts = torch.randint(1, 32, (pages,), generator=generator).cumsum(0)
+    run = torch.searchsorted(cuts, torch.arange(pages), right=True)
+    place = torch.randperm(int(run[-1]) + 1, generator=generator)[run]
+    where = torch.empty(pages, dtype=torch.int32)
+    where[place.argsort(stable=True)] = torch.arange(pages, dtype=torch.int32)
+    return where
+
+
 def forest(
-    levels: list[tuple[int, int]], page_size: int = 1, order: str = "runs", lens: list[int] | None = None, seed: int = 0
+    levels: Sequence[Level], page_size: int = 1, order: str = "runs", lens: list[int] | None = None, seed: int = 0
 ) -> Forest:
     """Tree with ``levels`` of (nodes, tokens); the last level's nodes are the requests, tokens the longest of them.
 
     ``order``: "runs" (a node's pages are consecutive), "interleaved" (the last level's pages lie ``requests`` apart, as
-    generated tokens do) or "permuted". ``lens``: own tokens of each request on the last level.
+    generated tokens do), "fragmented" (all pages in short runs) or "permuted". ``lens``: own tokens of each request on
+    the last level.
     """
     generator = torch.Generator().manual_seed(seed)
     batch = levels[-1][0]
+    assert isinstance(batch, int)
     next_page, columns = 1, []  # page 0 is padding
     for depth, (nodes, tokens) in enumerate(levels):
         blocks = -(-tokens // page_size)
-        assert depth == len(levels) - 1 or tokens % page_size == 0
-        ids = torch.arange(nodes * blocks, dtype=torch.int32)
-        ids = (
-            ids.view(blocks, nodes).T
-            if order == "interleaved" and depth == len(levels) - 1
-            else ids.view(nodes, blocks)
-        )
-        columns.append((next_page + ids)[torch.arange(batch) * nodes // batch])
-        next_page += nodes * blocks
+        last = depth == len(levels) - 1
+        assert last or tokens % page_size == 0
+        count = nodes if isinstance(nodes, int) else len(nodes)
+        ids = torch.arange(count * blocks, dtype=torch.int32)
+        ids = ids.view(blocks, count).T if order == "interleaved" and last else ids.view(count, blocks)
+        columns.append((next_page + ids)[nodes_of(nodes, batch)])
+        next_page += count * blocks
     pages = torch.cat(columns, 1)
-    if order == "permuted":
-        permutation = torch.cat(
-            [
-                torch.zeros(1, dtype=torch.int32),
-                1 + torch.randperm(next_page - 1, generator=generator, dtype=torch.int32),
-            ]
-        )
-        pages = permutation[pages.long()]
+    if order in ("permuted", "fragmented"):
+        pages = 1 + _scattered(next_page - 1, order, generator)[pages.long() - 1]
     slots = (pages.unsqueeze(-1) * page_size + torch.arange(page_size, dtype=torch.int32)).view(batch, -1)
     shared = sum(tokens for _, tokens in levels[:-1])
     own = torch.tensor(lens if lens is not None else [levels[-1][1]] * batch)
