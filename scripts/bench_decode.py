@@ -167,11 +167,13 @@ def run_case(case: Case, args: argparse.Namespace, flush: Callable[[], None]) ->
     if case.shares:
         makers["cascade"] = lambda: peers.flashinfer_cascade(f, case.levels, q, k, v)
     contenders: dict[str, torch.cuda.CUDAGraph] = {}
+    calls = []  # own the buffers that the graphs use
     for peer in [p for p in args.peers.split(",") if p in makers]:
         try:
             call = makers[peer]()
             result[f"{peer}_difference"] = difference(call(), ours.out)
             contenders[peer] = captured(call)
+            calls.append(call)
         except Exception as error:  # a peer that cannot run must not lose the others' figures
             result[f"{peer}_error"] = f"{type(error).__name__}: {error}"[:300]
     rounds: list[dict[str, float]] = []
