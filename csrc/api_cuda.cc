@@ -2,8 +2,6 @@
 // Errors: ValueError "<argument>: want <rule>, got <value>".
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <tvm/ffi/container/array.h>
-#include <tvm/ffi/container/map.h>
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/extra/c_env_api.h>
 #include <tvm/ffi/function.h>
@@ -13,16 +11,11 @@
 
 #include "attention/params.h"
 #include "common/cuda_check.h"
-#include "pager/device_pager.h"
 
 namespace flashcore {
 namespace {
 
-using tvm::ffi::Array;
-using tvm::ffi::Function;
-using tvm::ffi::Map;
 using tvm::ffi::Optional;
-using tvm::ffi::String;
 using tvm::ffi::TensorView;
 
 std::string shape_text(const TensorView& t) {
@@ -237,111 +230,4 @@ void decode(TensorView q, TensorView k_cache, TensorView v_cache, TensorView pag
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(decode_workspace_bytes, decode_workspace_bytes);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(decode_schedule, decode_schedule);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(decode, decode);
-}  // namespace flashcore
-
-// ---- device pager (csrc/pager/device_pager.h) ----
-namespace flashcore {
-namespace {
-
-DevicePagerParams pager_params(int64_t max_rows, int64_t row_pages, int64_t page_size, bool emit) {
-  FC_CHECK(max_rows >= 1 && max_rows <= kPagerRows) << "max_rows: want 1 .. " << kPagerRows << ", got " << max_rows;
-  FC_CHECK(row_pages >= 1 && row_pages <= kMaxRowPages)
-      << "row_pages: want 1 .. " << kMaxRowPages << ", got " << row_pages;
-  FC_CHECK(page_size >= 1 && page_size <= 1024 && (page_size & (page_size - 1)) == 0)
-      << "page_size: want a power of two up to 1024, got " << page_size;
-  DevicePagerParams p{};
-  p.max_rows = max_rows;
-  p.table_stride = (row_pages + kTableAlign - 1) / kTableAlign * kTableAlign;
-  while ((int64_t{1} << p.page_shift) < page_size) ++p.page_shift;
-  p.emit = emit;
-  FC_CHECK(!emit || max_rows * (row_pages + 2) < (int64_t{1} << 31))
-      << "canonical: want fewer than 2^31 page entries, got " << max_rows << " rows of " << row_pages << " pages";
-  return p;
-}
-
-// Name -> [offset, elements], in ints, of every array in the pager's memory; "" -> [0, ints in all].
-Map<String, Array<int64_t>> device_pager_arrays(int64_t max_rows, int64_t row_pages, bool emit, int64_t ctas) {
-  DevicePagerParams p = pager_params(max_rows, row_pages, 1, emit);
-  Map<String, Array<int64_t>> arrays;
-  const int64_t total = lay_out_arrays(
-      p, nullptr, row_pages, ctas,
-      [&](const char* name, int64_t at, int64_t elements) { arrays.Set(name, Array<int64_t>{at, elements}); });
-  arrays.Set("", Array<int64_t>{0, total});
-  return arrays;
-}
-
-void pager_snapshot(const DevicePagerParams& p, int ctas, TensorView memory, TensorView req_to_token,
-                    TensorView req_pool_indices, TensorView seq_lens) {
-  check_device("req_to_token", req_to_token, memory);
-  check_device("req_pool_indices", req_pool_indices, memory);
-  check_device("seq_lens", seq_lens, memory);
-  FC_CHECK(req_to_token.ndim() == 2 && req_to_token.dtype().code == kDLInt && req_to_token.dtype().bits == 32 &&
-           req_to_token.stride(1) == 1)
-      << "req_to_token: want [pool, max_context] int32 with stride 1, got " << shape_text(req_to_token);
-  for (auto& [name, t] :
-       {std::pair<const char*, const TensorView&>{"req_pool_indices", req_pool_indices}, {"seq_lens", seq_lens}}) {
-    FC_CHECK(t.ndim() == 1 && t.dtype().code == kDLInt && (t.dtype().bits == 32 || t.dtype().bits == 64) &&
-             t.IsContiguous())
-        << name << ": want contiguous [B] int32 or int64, got " << shape_text(t) << " of "
-        << static_cast<int>(t.dtype().bits) << " bits";
-  }
-  const int64_t rows = seq_lens.size(0);
-  FC_CHECK(rows >= 1 && rows <= p.max_rows) << "seq_lens: want 1 .. " << p.max_rows << " rows (max_rows), got " << rows;
-  FC_CHECK(req_pool_indices.size(0) == rows)
-      << "req_pool_indices: want " << rows << " entries, one per row, got " << req_pool_indices.size(0);
-  SnapshotInput in{static_cast<const int*>(req_to_token.data_ptr()),
-                   req_pool_indices.data_ptr(),
-                   seq_lens.data_ptr(),
-                   req_to_token.stride(0),
-                   req_to_token.size(0),
-                   req_to_token.size(1),
-                   static_cast<int>(rows),
-                   req_pool_indices.dtype().bits == 64,
-                   seq_lens.dtype().bits == 64};
-  launch_snapshot(p, in, ctas, current_stream(memory));
-}
-
-// [snapshot(memory, req_to_token, req_pool_indices, seq_lens), build(memory)]. `memory`: device_pager_arrays, zero but
-// for mismatch; `report`: one int64 of pinned host memory. Both outlive the functions.
-Array<Function> make_device_pager(TensorView memory, TensorView report, int64_t max_rows, int64_t row_pages,
-                                  int64_t page_size, int64_t num_pages, bool sharing, bool emit, int64_t ctas,
-                                  int64_t token_cost, int64_t segment_cost, int64_t partial_cost, int64_t max_entries) {
-  DevicePagerParams p = pager_params(max_rows, row_pages, page_size, emit);
-  FC_CHECK(num_pages >= 1 && num_pages < (int64_t{1} << 31)) << "num_pages: want 1 .. 2^31 - 1, got " << num_pages;
-  const int64_t cost_limit = 1 << 30;
-  FC_CHECK(token_cost >= 0 && segment_cost >= 0 && partial_cost >= 0 && token_cost <= cost_limit &&
-           segment_cost <= cost_limit && partial_cost <= cost_limit)
-      << "cost_model: want costs of 0 .. " << cost_limit << ", got " << token_cost << ", " << segment_cost << ", "
-      << partial_cost;
-  FC_CHECK(max_entries >= max_rows && max_entries < (int64_t{1} << 31))
-      << "max_entries: want at least " << max_rows << ", one for each row, got " << max_entries;
-  p.num_pages = num_pages;
-  p.max_entries = max_entries;
-  p.sharing = sharing;
-  p.token_cost = token_cost, p.segment_cost = segment_cost, p.partial_cost = partial_cost;
-  check_device("memory", memory, memory);
-  FC_CHECK(reinterpret_cast<uintptr_t>(memory.data_ptr()) % 256 == 0)
-      << "memory: want 256-byte alignment, got address " << memory.data_ptr();
-  const int64_t ints =
-      lay_out_arrays(p, static_cast<int*>(memory.data_ptr()), row_pages, ctas, [](const char*, int64_t, int64_t) {});
-  FC_CHECK(memory.IsContiguous() && memory.dtype().bits == 32 && memory.numel() >= ints)
-      << "memory: want " << ints << " contiguous int32, got " << shape_text(memory);
-  FC_CHECK(report.numel() == 1 && report.dtype().bits == 64) << "report: want one int64, got " << shape_text(report);
-  void* mapped = nullptr;
-  FC_CUDA(cudaSetDevice(memory.device().device_id));
-  FC_CUDA(cudaHostGetDevicePointer(&mapped, report.data_ptr(), 0));
-  p.report = static_cast<unsigned long long*>(mapped);
-  prepare_build(ctas);
-  const int grid = static_cast<int>(ctas);
-  return {Function::FromTyped(
-              [p, grid](TensorView memory, TensorView req_to_token, TensorView req_pool_indices, TensorView seq_lens) {
-                pager_snapshot(p, grid, memory, req_to_token, req_pool_indices, seq_lens);
-              }),
-          Function::FromTyped([p, grid](TensorView memory) { launch_build(p, grid, current_stream(memory)); })};
-}
-
-}  // namespace
-
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(device_pager_arrays, device_pager_arrays);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(make_device_pager, make_device_pager);
 }  // namespace flashcore

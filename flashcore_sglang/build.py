@@ -1,7 +1,7 @@
 """Compile csrc/ into the two native libraries and load them.
 
 ``cpu``   csrc/pager/*.cc + csrc/api_cpu.cc, with g++. Runs everywhere.
-``cuda``  csrc/**/*.cu + csrc/api_cuda.cc, with nvcc for sm_90a. Builds without a GPU.
+``cuda``  csrc/**/*.cu + csrc/api_*.cc but the CPU's, with nvcc for sm_90a. Builds without a GPU.
 
 Both depend on libtvm_ffi alone: no torch, no CPython, no libcudart (nvcc links the runtime
 statically), so one build serves every torch and Python version.
@@ -105,7 +105,7 @@ def _units(kind: str) -> list[Path]:
     src = csrc_dir()
     if kind == "cpu":
         return sorted([*(src / "pager").glob("*.cc"), src / "api_cpu.cc"])
-    return sorted([*src.rglob("*.cu"), src / "api_cuda.cc"])
+    return sorted({*src.rglob("*.cu"), *src.glob("api_*.cc")} - {src / "api_cpu.cc"})
 
 
 def _flags(kind: str) -> list[str]:

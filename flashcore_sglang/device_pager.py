@@ -3,6 +3,8 @@
 A step is two launches. ``snapshot`` runs outside the graph and is the only reader of SGLang's table; ``build`` is
 captured in the graph and works on the snapshot alone. All buffers are made by the constructor and never move.
 csrc/pager/device_pager.h says how it works, what it costs and why its arrays are as large as they are.
+
+``build_layout`` is the general form: any ranges of a table of pages, with a residency bitmap.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import torch
 from flashcore_sglang import build
 from flashcore_sglang.config import CostModel
 from flashcore_sglang.config import cost_model as measured_cost_model
-from flashcore_sglang.layout import CsrLayout
+from flashcore_sglang.layout import CsrLayout, page_table
 
 MAX_ROWS = 1024
 _INT_MAX = 2**31 - 1
@@ -26,7 +28,7 @@ class DeviceLayout:
 
     Attributes:
         page_size:         tokens per page.
-        sizes:             [8] S, N, U, E, staged pages (0), whether it came about by appending, 0, 0.
+        sizes:             [8] S, N, U, E, M, whether it came about by appending, 0, 0.
         status:            [4] as ``CsrLayout.status``.
         row_order:         [B]
         segment_rows:      [segments, 2]
@@ -38,7 +40,8 @@ class DeviceLayout:
                            is ``table[segment_entries[s] + b]``. In a kernel's arguments (``segment_entries``,
                            ``table``) stand for (``page_indptr``, ``page_indices``). The last one is not used.
         table:             [rows * pages] the snapshot.
-        page_indices, run_indptr, runs: as ``CsrLayout``; None unless the pager is canonical.
+        page_indices, run_indptr, runs: as ``CsrLayout``; None unless the pager is canonical or staging.
+        staged_pages:      [pages] as ``CsrLayout``; None unless the pager is staging: all pages are resident.
     """
 
     page_size: int
@@ -55,12 +58,13 @@ class DeviceLayout:
     page_indices: torch.Tensor | None
     run_indptr: torch.Tensor | None
     runs: torch.Tensor | None
+    staged_pages: torch.Tensor | None
 
     def to_cpu(self) -> CsrLayout:
         """The layout on the CPU, cut to its sizes. Synchronises. Raises ValueError unless the pager is canonical."""
         if self.page_indices is None or self.run_indptr is None or self.runs is None:
             raise ValueError("layout: want one of a canonical pager, got one whose pages lie in its snapshot")
-        segments, pages, runs, entries, _, appended, _, _ = self.sizes.tolist()
+        segments, pages, runs, entries, staged, appended, _, _ = self.sizes.tolist()
         code, row, position, value = self.status.tolist()
         return CsrLayout(
             page_size=self.page_size,
@@ -73,7 +77,9 @@ class DeviceLayout:
             runs=self.runs[:runs].cpu(),
             row_indptr=self.row_indptr.cpu(),
             row_segments=self.row_segments[:entries].cpu(),
-            staged_pages=torch.empty(0, dtype=torch.int32),
+            staged_pages=torch.empty(0, dtype=torch.int32)
+            if self.staged_pages is None
+            else self.staged_pages[:staged].cpu(),
             status=(code, row, position, value),
             appended=bool(appended),
         )
@@ -92,6 +98,8 @@ class DevicePager:
         canonical:  also write ``page_indices``, ``run_indptr`` and ``runs``, which repeat what the snapshot holds.
         max_entries: the most entries of ``row_segments``, at least ``max_rows``. A batch that would have more shares
                     nothing. None: no bound.
+        ranged:     rows may begin after position 0 (``snapshot_ranges``); every build is then a rebuild.
+        staging:    ``build`` takes a residency bitmap, and the layout is canonical. Four launches more.
         device:     a CUDA device.
 
     Raises ValueError for sizes that are not served, RuntimeError if CUDA refuses.
@@ -108,35 +116,39 @@ class DevicePager:
         sharing: bool = True,
         canonical: bool = False,
         max_entries: int | None = None,
+        ranged: bool = False,
+        staging: bool = False,
         device: torch.device | str = "cuda",
     ) -> None:
         library = build.library("cuda")
         cost = cost_model or measured_cost_model("hopper")
-        row_pages = -(-max_tokens // page_size)
-        ctas = torch.cuda.get_device_properties(device).multi_processor_count
-        arrays = library.device_pager_arrays(max_rows, row_pages, canonical, ctas)
+        options = {
+            "max_rows": max_rows,
+            "row_pages": -(-max_tokens // page_size),
+            "page_size": page_size,
+            "num_pages": min(num_pages, _INT_MAX),
+            "max_entries": _INT_MAX if max_entries is None else max_entries,
+            "token_cost": cost.token_cost,
+            "segment_cost": cost.segment_cost,
+            "partial_cost": cost.partial_cost,
+            "sharing": int(sharing),
+            "canonical": int(canonical or staging),
+            "ranged": int(ranged),
+            "staging": int(staging),
+            "ctas": torch.cuda.get_device_properties(device).multi_processor_count,
+        }
         self.page_size = page_size
         self.max_rows = max_rows
+        arrays = library.device_pager_arrays(options)
         self._spans = {str(name): (int(span[0]), int(span[1])) for name, span in arrays.items()}
         _, total = self._spans.pop("")
         self._memory = torch.zeros(total, dtype=torch.int32, device=device)
         self._array("mismatch").fill_(-1)
         self._report = torch.zeros(1, dtype=torch.int64, pin_memory=True)
-        self._snapshot, self._build = library.make_device_pager(
-            self._memory,
-            self._report,
-            max_rows,
-            row_pages,
-            page_size,
-            min(num_pages, _INT_MAX),
-            sharing,
-            canonical,
-            ctas,
-            cost.token_cost,
-            cost.segment_cost,
-            cost.partial_cost,
-            _INT_MAX if max_entries is None else max_entries,
+        self._snapshot, self._snapshot_ranges, self._build = library.make_device_pager(
+            self._memory, self._report, options
         )
+        self._layouts: dict[int, DeviceLayout] = {}
 
     @property
     def mebibytes(self) -> float:
@@ -156,37 +168,68 @@ class DevicePager:
         """
         self._snapshot(self._memory, req_to_token, req_pool_indices, seq_lens)
 
-    def build(self) -> None:
+    def snapshot_ranges(self, token_to_page: torch.Tensor, seq_starts: torch.Tensor, seq_ends: torch.Tensor) -> None:
+        """As ``snapshot``, of position ranges over a table of pages, for a pager that is ``ranged``.
+
+        Args:
+            token_to_page:        as for ``layout.build_layout``. Of a block, the id at its first position in the range
+                                  is read; that the others name the same page is not checked.
+            seq_starts, seq_ends: [B] int32 or int64, half-open ranges of positions.
+
+        Raises ValueError as ``snapshot``.
+        """
+        pages, tokens = page_table(token_to_page, self.page_size, "cuda")
+        self._snapshot_ranges(self._memory, pages, tokens > 1, seq_starts, seq_ends)
+
+    def build(self, page_resident_bitmap: torch.Tensor | None = None) -> None:
         """The layout of the last snapshot, into the buffers of ``layout``. One launch, current stream, capturable.
 
         Two pagers may build at the same time; one pager is used from one stream at a time.
+
+        Args:
+            page_resident_bitmap: for a pager that is ``staging``, as for ``layout.build_layout``; None: all pages are
+                                  resident.
         """
-        self._build(self._memory)
+        self._build(self._memory, page_resident_bitmap)
 
     def layout(self, num_rows: int) -> DeviceLayout:
         """The buffers that ``build`` writes, for a batch of ``num_rows``. Views, the same memory every time."""
         if not 1 <= num_rows <= self.max_rows:
             raise ValueError(f"num_rows: want 1 .. {self.max_rows}, got {num_rows}")
-        canonical = self._spans["page_indices"][1] > 0
+        if num_rows not in self._layouts:
+            self._layouts[num_rows] = self._make_layout(num_rows)
+        return self._layouts[num_rows]
+
+    def _make_layout(self, num_rows: int) -> DeviceLayout:
+        staged = "staged.sizes" in self._spans
+
+        def array(name: str) -> torch.Tensor:
+            return self._array(f"staged.{name}" if staged else name)
+
+        canonical = staged or self._spans["page_indices"][1] > 0
         return DeviceLayout(
             page_size=self.page_size,
-            sizes=self._array("sizes"),
+            sizes=array("sizes"),
             status=self._array("status"),
             row_order=self._array("row_order")[:num_rows],
-            segment_rows=self._array("segment_rows").view(-1, 2),
-            segment_positions=self._array("segment_positions").view(-1, 2),
-            page_indptr=self._array("page_indptr"),
-            row_indptr=self._array("row_indptr")[: num_rows + 1],
-            row_segments=self._array("row_segments"),
-            segment_entries=self._array("segment_entries"),
+            segment_rows=array("segment_rows").view(-1, 2),
+            segment_positions=array("segment_positions").view(-1, 2),
+            page_indptr=array("page_indptr"),
+            row_indptr=array("row_indptr")[: num_rows + 1],
+            row_segments=array("row_segments"),
+            segment_entries=array("segment_entries"),
             table=self._array("table"),
-            page_indices=self._array("page_indices") if canonical else None,
-            run_indptr=self._array("run_indptr") if canonical else None,
-            runs=self._array("runs").view(-1, 2) if canonical else None,
+            page_indices=array("page_indices") if canonical else None,
+            run_indptr=array("run_indptr") if canonical else None,
+            runs=array("runs").view(-1, 2) if canonical else None,
+            staged_pages=array("staged_pages") if staged else None,
         )
 
     def violation(self) -> tuple[int, int, int, int] | None:
         """A bound that an earlier step violated, as ``CsrLayout.status``; None if there was none since the last call.
+
+        Where rows begin after position 0, the position is that of the block, and 0 for a start after its end;
+        ``DeviceLayout.status`` has it exactly.
 
         Reads one word of pinned memory that the GPU writes: no synchronisation, so a step in flight is not in it yet.
         ``layout.describe_status`` puts it into words.
@@ -205,3 +248,38 @@ class DevicePager:
     def _array(self, name: str) -> torch.Tensor:
         offset, elements = self._spans[name]
         return self._memory[offset : offset + elements]
+
+
+def build_layout(
+    token_to_page: torch.Tensor,
+    seq_starts: torch.Tensor,
+    seq_ends: torch.Tensor,
+    page_resident_bitmap: torch.Tensor | None = None,
+    *,
+    page_tokens: int,
+    num_pages: int,
+    cost_model: CostModel | None = None,
+) -> DeviceLayout:
+    """``layout.build_layout`` for CUDA tensors: the same layout, in device memory.
+
+    Nothing is read on the host. What the tables hold is never an error: a violated bound is cut and is in
+    ``DeviceLayout.status``. At most 1,024 rows, and pages of a power of two of up to 1,024 tokens.
+
+    Allocates; for step after step make one ``DevicePager`` with ``ranged=True``.
+    Raises ValueError for a wrong shape, dtype, stride or device, and for sizes that are not served.
+    """
+    pages, tokens = page_table(token_to_page, page_tokens, "cuda")
+    pager = DevicePager(
+        page_tokens,
+        max_rows=pages.shape[0],
+        max_tokens=max(1, pages.shape[1] * tokens),
+        num_pages=num_pages,
+        cost_model=cost_model,
+        canonical=True,
+        ranged=True,
+        staging=page_resident_bitmap is not None,
+        device=token_to_page.device,
+    )
+    pager.snapshot_ranges(token_to_page, seq_starts, seq_ends)
+    pager.build(page_resident_bitmap)
+    return pager.layout(pages.shape[0])

@@ -17,13 +17,16 @@ bottom-up; otherwise its children read its pages each by themselves. What no kep
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from flashcore_sglang import build
 from flashcore_sglang.config import CostModel
 from flashcore_sglang.config import cost_model as default_cost_model
+
+if TYPE_CHECKING:
+    from flashcore_sglang.device_pager import DeviceLayout
 
 _MAX_PAGE_SIZE = 2**20
 
@@ -107,7 +110,7 @@ def build_layout(
     page_tokens: int,
     num_pages: int,
     cost_model: CostModel | None = None,
-) -> CsrLayout:
+) -> CsrLayout | DeviceLayout:
     """Layout of a batch of position ranges over a table of pages.
 
     Args:
@@ -119,14 +122,23 @@ def build_layout(
             [ceil(num_pages / 32)] int32, page ``p`` in bit ``p % 32`` of word ``p // 32``. None: all are.
         page_tokens: tokens per page.
         num_pages: pages of the pool; valid ids are ``0 <= id < num_pages``.
-        cost_model: when sharing pays; None: that of configs/ for a CPU.
+        cost_model: when sharing pays; None: that of configs/ for the device.
 
-    All tensors on the CPU. Raises ValueError for a wrong dtype, shape, stride or device, a start > end, a range beyond
-    the table, a page id outside the pool, and a block that names two pages.
+    All tensors on the CPU, or all on one Hopper GPU: ``device_pager.build_layout`` then gives the same layout in device
+    memory without reading anything on the host. On the CPU raises ValueError for a wrong dtype, shape, stride or
+    device, a start > end, a range beyond the table, a page id outside the pool, and a block that names two pages; on
+    the GPU what the tensors hold is cut and reported instead.
     """
+    if isinstance(token_to_page, torch.Tensor) and token_to_page.is_cuda:
+        from flashcore_sglang import device_pager  # which imports this module
+
+        return device_pager.build_layout(
+            token_to_page, seq_starts, seq_ends, page_resident_bitmap,
+            page_tokens=page_tokens, num_pages=num_pages, cost_model=cost_model,
+        )  # fmt: skip
     _want_page_size("page_tokens", page_tokens)
     _want_num_pages(num_pages, page_tokens)
-    table, entry_tokens = _page_table(token_to_page, page_tokens)
+    table, entry_tokens = page_table(token_to_page, page_tokens, "cpu")
     begins = _row_vector("seq_starts", seq_starts, table.shape[0])
     ends = _row_vector("seq_ends", seq_ends, table.shape[0])
     pager = CsrPager(page_tokens, num_pages=num_pages, cost_model=cost_model)
@@ -275,10 +287,12 @@ def _row_vector(name: str, t: torch.Tensor, num_rows: int | None) -> torch.Tenso
     return t.to(torch.int64).contiguous()
 
 
-def _page_table(t: torch.Tensor, page_tokens: int) -> tuple[torch.Tensor, int]:
-    """The table as [B, entries], and the number of positions per entry."""
-    if not _is_cpu(t, torch.int32) or t.ndim not in (2, 3):
-        raise ValueError(f"token_to_page: want an int32 CPU tensor of 2 or 3 dimensions, got {_describe(t)}")
+def page_table(t: torch.Tensor, page_tokens: int, device: str) -> tuple[torch.Tensor, int]:
+    """``token_to_page`` as [B, entries], and the number of positions per entry: 1 or ``page_tokens``."""
+    if not isinstance(t, torch.Tensor) or t.device.type != device or t.dtype != torch.int32 or t.ndim not in (2, 3):
+        raise ValueError(
+            f"token_to_page: want an int32 {device.upper()} tensor of 2 or 3 dimensions, got {_describe(t)}"
+        )
     if t.ndim == 2:
         return t, 1
     if t.shape[2] != page_tokens or (t.stride(2) != 0 and page_tokens > 1):

@@ -108,6 +108,9 @@ class GridBarrier {
   unsigned phase_;
 };
 
+// As Status::Code of snapshot.h.
+enum ViolationCode { kPageId = 1, kRange = 2, kOrder = 3, kTableRow = 5 };
+
 // Violations are kept as one word so that the first in the CPU's order (ranges by row, then ids by row and position) is
 // the smallest and one atomic keeps it: bit 62 id?, 52..61 row, 32..51 block or code, 0..31 value. Stored inverted: 0
 // is none.
@@ -121,14 +124,21 @@ __device__ __forceinline__ void report_violation(PagerState* state, unsigned lon
   atomicMax(&state->violation, violation);
 }
 
-// status[4] of the layout.
-__device__ __forceinline__ void decode_violation(unsigned long long violation, int page_shift, int* status) {
+// status[4] of the layout. Rows that begin at 0 have no `begins`.
+__device__ __forceinline__ void decode_violation(unsigned long long violation, int page_shift, const int* begins,
+                                                 const int* given_begins, int* status) {
   const unsigned long long word = ~violation;
   const bool none = violation == 0, of_id = (word >> 62) & 1;
   const int block_or_code = static_cast<int>((word >> 32) & (kMaxRowPages - 1));
-  status[0] = none ? 0 : of_id ? 1 : block_or_code;
-  status[1] = none ? 0 : static_cast<int>((word >> 52) & (kPagerRows - 1));
-  status[2] = none || !of_id ? 0 : block_or_code << page_shift;
+  const int row = none ? 0 : static_cast<int>((word >> 52) & (kPagerRows - 1));
+  int position = none || !of_id ? 0 : block_or_code << page_shift;
+  if (begins && !none) {
+    if (of_id) position = max(position, begins[row]);
+    if (!of_id && block_or_code == kOrder) position = given_begins[row];
+  }
+  status[0] = none ? 0 : of_id ? kPageId : block_or_code;
+  status[1] = row;
+  status[2] = position;
   status[3] = none ? 0 : static_cast<int>(static_cast<unsigned>(word));
 }
 

@@ -10,9 +10,9 @@ namespace flashcore::pager {
 constexpr int kEmitWords = kEmitTile / 32;
 
 struct EmitShared {
-  int page_indptr[2 * kPagerRows + 1];
-  int table_offset[2 * kPagerRows];  // page of entry e of segment s is table[table_offset[s] + e]
-  int2 positions[2 * kPagerRows];
+  int page_indptr[3 * kPagerRows + 1];
+  int table_offset[3 * kPagerRows];  // page of entry e of segment s is table[table_offset[s] + e]
+  int2 positions[3 * kPagerRows];
   int tile_base[kPagerRows];  // runs of this CTA before a tile, for kPagerRows tiles at a time
   int scratch[2][32];
 };

@@ -4,7 +4,7 @@
 // A group of rows that agree up to a depth is an interval of boundaries whose LCPs are at least that depth; its first
 // boundary of exactly that depth stands for it. Extents are found by doubling over a table of range minima. Groups
 // decide bottom-up, a level of the tree at a time, in integers (csrc/pager/forest.cc says what).
-// 117 KB of shared memory, 40 of them range minima. Only the warps that have rows take part (`threads` of them): with
+// 133 KB of shared memory, 40 of them range minima. Only the warps that have rows take part (`threads` of them): with
 // 256 rows the barriers and the instructions of the other 24 would take longer than the work.
 #pragma once
 #include "pager/device_block.cuh"
@@ -18,6 +18,7 @@ static_assert(kPagerRows == 1 << kLevels);
 struct ForestShared {
   int row_tokens[kPagerRows];              // by row
   int order[kPagerRows], end[kPagerRows];  // by position
+  int begin[kPagerRows];                   // by position; only with kRanged
   int minimum[kLevels][kPagerRows];        // [j][k]: of lcp[k .. k + 2^j); minimum[0] is lcp
   int node[kPagerRows];                    // boundary that stands for boundary k's group
   int row_begin[kPagerRows], row_end[kPagerRows];
@@ -26,12 +27,13 @@ struct ForestShared {
   int covered[kPagerRows];  // rows of the children
   int tops[kPagerRows];     // segments that would start the reading of the children
   int kept[kPagerRows];
+  int latest[kPagerRows];         // latest begin of the group's rows; only with kRanged
   int above[kPagerRows];          // nearest kept group around group k; -1: none
   int groups_at[kPagerRows];      // kept groups whose rows begin at k
   int segment[kPagerRows];        // of kept group k
   int first_segment[kPagerRows];  // by position: of the groups that begin there, and the row's own
   int entries_of[kPagerRows], first_entry[kPagerRows];  // by row, of row_segments
-  int pages[2 * kPagerRows];                            // of a segment
+  int pages[3 * kPagerRows];                            // of a segment
   int scratch[3][32];                                   // of one scan each
 };
 
@@ -71,6 +73,7 @@ struct Placement {
 };
 
 // row_order: rows that may share as sorted, then the others by index. Waits for the sorted rows.
+template <bool kRanged>
 __device__ __forceinline__ Placement place_rows(const DevicePagerParams& p, ForestShared& s, int rows, int threads,
                                                 const Sharers& sharers, const GridBarrier& barrier) {
   const int k = threadIdx.x, sharing = sharers.total;
@@ -84,6 +87,7 @@ __device__ __forceinline__ Placement place_rows(const DevicePagerParams& p, Fore
   const bool any_sharing = any_of_first(threads, lcp > 0);
   const int row = k < rows ? s.order[k] : 0, end = k < rows ? s.row_tokens[row] : 0;
   s.end[k] = end;
+  if constexpr (kRanged) s.begin[k] = k < rows ? p.row_begin[row] : 0;
   if (k < rows) p.row_order[k] = row;
   // A row that is a prefix of its neighbour may diverge with its next token; an empty row that grows joins the order
   // anew.
@@ -117,17 +121,28 @@ __device__ __forceinline__ void build_tree(ForestShared& s, int rows, int thread
   sync_first(threads);
 }
 
+// The latest begin of the rows of group k: no position before it is read by all of them.
+__device__ __forceinline__ int latest_begin(const ForestShared& s, int k) {
+  int latest = 0;
+  for (int at = s.row_begin[k]; at < s.row_end[k]; ++at) latest = max(latest, s.begin[at]);
+  return latest;
+}
+
+template <bool kRanged>
 __device__ __forceinline__ void decide(const DevicePagerParams& p, ForestShared& s, int threads) {
   const int k = threadIdx.x;
   bool undecided = s.minimum[0][k] > 0 && s.node[k] == k;
+  if constexpr (kRanged) s.latest[k] = undecided ? latest_begin(s, k) : 0;
   while (any_of_first(threads, undecided)) {
     const bool ready = undecided && s.pending[k] == 0;
     sync_first(threads);
     if (!ready) continue;
     const int64_t rows = s.row_end[k] - s.row_begin[k], tops = s.tops[k] + rows - s.covered[k];
     const int parent = s.parent[k];
-    const int64_t length = s.minimum[0][k] - (parent >= 0 ? s.minimum[0][parent] : 0);
-    const bool kept = length * (tops - 1) * p.token_cost >= p.segment_cost + rows * p.partial_cost;
+    const int above = parent >= 0 ? s.minimum[0][parent] : 0;
+    const int64_t length = s.minimum[0][k] - (kRanged ? max(above, s.latest[k]) : above);
+    const bool pays = length * (tops - 1) * p.token_cost >= p.segment_cost + rows * p.partial_cost;
+    const bool kept = pays && (!kRanged || length > 0);
     s.kept[k] = kept;
     if (kept) atomicAdd(&s.groups_at[s.row_begin[k]], 1);
     if (parent >= 0) {
@@ -141,11 +156,12 @@ __device__ __forceinline__ void decide(const DevicePagerParams& p, ForestShared&
 
 // Attention keeps a partial result for every row of every segment. Where there would be more of them than it has room
 // for, nothing is shared: every row then has one segment.
+template <bool kRanged>
 __device__ __forceinline__ void bound_entries(const DevicePagerParams& p, ForestShared& s, int rows, int threads) {
   const int k = threadIdx.x;
   int of_groups;
   block_scan(s.kept[k] ? s.row_end[k] - s.row_begin[k] : 0, threads, s.scratch[2], &of_groups);
-  if (of_groups + rows > p.max_entries) s.kept[k] = s.groups_at[k] = 0;
+  if (of_groups + (kRanged ? 2 * rows : rows) > p.max_entries) s.kept[k] = s.groups_at[k] = 0;
   sync_first(threads);
 }
 
@@ -166,29 +182,43 @@ __device__ __forceinline__ void write_segment(const DevicePagerParams& p, Forest
   s.pages[segment] = count_pages(begin, end, p.page_shift);
 }
 
-// Segments in the order (first row, first position): the kept groups that begin at a row, outermost first, then the
-// row's own. Returns their number.
+// Where the reading of kept group k begins.
+template <bool kRanged>
+__device__ __forceinline__ int group_begin(const ForestShared& s, int k) {
+  if (s.above[k] >= 0) return s.minimum[0][s.above[k]];
+  return kRanged ? s.latest[k] : 0;
+}
+
+// Segments in the order (first row, first position): what a row reads alone before its outermost kept group (its head,
+// where it begins before others of the group), the kept groups that begin at a row, outermost first, then what is left
+// of the row. Returns their number.
+template <bool kRanged>
 __device__ __forceinline__ int write_segments(const DevicePagerParams& p, ForestShared& s, int rows, int threads) {
   const int k = threadIdx.x;
   s.above[k] = s.kept[k] ? nearest_kept(s, s.parent[k]) : -1;
   const int around = k < rows ? nearest_kept(s, deeper_node(s, k - 1, k)) : -1;
-  const int own_begin = around >= 0 ? s.minimum[0][around] : 0;
+  const int own_begin = around >= 0 ? s.minimum[0][around] : kRanged && k < rows ? s.begin[k] : 0;
   const bool has_own = k < rows && own_begin < s.end[k];
   sync_first(threads);
-  int entries = has_own;
-  for (int g = around; g >= 0; g = s.above[g]) ++entries;
+  int entries = has_own, outermost = around;
+  for (int g = around; g >= 0; g = s.above[g]) ++entries, outermost = g;
+  const bool has_head = kRanged && outermost >= 0 && s.begin[k] < s.latest[outermost];
+  entries += has_head;
   if (k < rows) s.entries_of[s.order[k]] = entries;
   sync_first(threads);
 
-  // Two sums at once: segments by position, at most 2047, and entries by row, below 2^20.
-  static_assert(kPagerRows * (kPagerRows + 5) / 2 < 1 << 20);
+  // Two sums at once: segments by position, at most 3071, and entries by row, below 2^20.
+  static_assert(kPagerRows * (kPagerRows + 7) / 2 < 1 << 20);
   const int entries_of_row = k < rows ? s.entries_of[k] : 0;
   int totals;
-  const int before = block_scan((s.groups_at[k] + has_own) << 20 | entries_of_row, threads, s.scratch[0], &totals);
-  const int first = before >> 20, own = first + s.groups_at[k], num_segments = totals >> 20;
+  const int segments_of_row = has_head + s.groups_at[k] + has_own;
+  const int before = block_scan(segments_of_row << 20 | entries_of_row, threads, s.scratch[0], &totals);
+  const int head = static_cast<unsigned>(before) >> 20, first = head + has_head, own = first + s.groups_at[k];
+  const int num_segments = static_cast<unsigned>(totals) >> 20;
   const int entry = before & ((1 << 20) - 1), num_entries = totals & ((1 << 20) - 1);
   s.first_segment[k] = first;
   s.first_entry[k] = entry;
+  if (has_head) write_segment(p, s, head, k, k + 1, s.begin[k], s.latest[outermost]);
   if (has_own) write_segment(p, s, own, k, k + 1, own_begin, s.end[k]);
   if (k < rows) {
     p.own_segment[s.order[k]] = has_own ? own : -1;
@@ -203,8 +233,7 @@ __device__ __forceinline__ int write_segments(const DevicePagerParams& p, Forest
   if (s.kept[k]) {
     int segment = s.first_segment[s.row_begin[k]];
     for (int g = s.above[k]; g >= 0 && s.row_begin[g] == s.row_begin[k]; g = s.above[g]) ++segment;
-    const int begin = s.above[k] >= 0 ? s.minimum[0][s.above[k]] : 0;
-    write_segment(p, s, segment, s.row_begin[k], s.row_end[k], begin, s.minimum[0][k]);
+    write_segment(p, s, segment, s.row_begin[k], s.row_end[k], group_begin<kRanged>(s, k), s.minimum[0][k]);
     s.segment[k] = segment;
   }
   sync_first(threads);
@@ -212,20 +241,27 @@ __device__ __forceinline__ int write_segments(const DevicePagerParams& p, Forest
     int* out = p.row_segments + s.first_entry[s.order[k]] + entries;
     if (has_own) *--out = own;
     for (int g = around; g >= 0; g = s.above[g]) *--out = s.segment[g];
+    if (has_head) *--out = head;
   }
   return num_segments;
 }
 
 // page_indptr from the pages of each segment, in s.pages.
+template <bool kRanged>
 __device__ __forceinline__ void write_page_indptr(const DevicePagerParams& p, ForestShared& s, int num_segments,
                                                   int threads) {
-  const int segment = 2 * threadIdx.x;
-  const int first = segment < num_segments ? s.pages[segment] : 0;
-  const int second = segment + 1 < num_segments ? s.pages[segment + 1] : 0;
-  int total;
-  const int before = block_scan(first + second, threads, s.scratch[1], &total);
-  if (segment < num_segments) p.page_indptr[segment] = before;
-  if (segment + 1 < num_segments) p.page_indptr[segment + 1] = before + first;
+  constexpr int kEach = kRanged ? 3 : 2;
+  const int segment = kEach * threadIdx.x;
+  int sum = 0, total;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) sum += segment + i < num_segments ? s.pages[segment + i] : 0;
+  int before = block_scan(sum, threads, s.scratch[1], &total);
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    if (segment + i >= num_segments) break;
+    p.page_indptr[segment + i] = before;
+    before += s.pages[segment + i];
+  }
   if (threadIdx.x == 0) {
     p.page_indptr[num_segments] = total;
     p.sizes[1] = total;
@@ -245,7 +281,7 @@ __device__ __forceinline__ void finish_build(const DevicePagerParams& p, int row
     PagerState& state = *p.state;
     p.sizes[2] = p.sizes[4] = p.sizes[6] = p.sizes[7] = 0;
     p.sizes[5] = appended;
-    decode_violation(violation, p.page_shift, p.status);
+    decode_violation(violation, p.page_shift, p.row_begin, p.given_begin, p.status);
     if (violation) *const_cast<volatile unsigned long long*>(p.report) = violation;
     state.violation = 0;
     state.changed = 0;
@@ -253,19 +289,20 @@ __device__ __forceinline__ void finish_build(const DevicePagerParams& p, int row
   }
 }
 
+template <bool kRanged>
 __device__ __forceinline__ void build_forest(const DevicePagerParams& p, ForestShared& s, int rows, int threads,
                                              unsigned long long violation, const Sharers& sharers,
                                              const GridBarrier& barrier) {
-  const Placement placed = place_rows(p, s, rows, threads, sharers, barrier);
+  const Placement placed = place_rows<kRanged>(p, s, rows, threads, sharers, barrier);
   if (placed.any_sharing) {
     build_tree(s, rows, threads);
-    decide(p, s, threads);
-    bound_entries(p, s, rows, threads);
+    decide<kRanged>(p, s, threads);
+    bound_entries<kRanged>(p, s, rows, threads);
   }
-  const int num_segments = write_segments(p, s, rows, threads);
-  write_page_indptr(p, s, num_segments, threads);
+  const int num_segments = write_segments<kRanged>(p, s, rows, threads);
+  write_page_indptr<kRanged>(p, s, num_segments, threads);
   finish_build(p, rows, violation, false);
-  if (threadIdx.x == 0) p.state->appendable = placed.appendable && violation == 0;
+  if (threadIdx.x == 0) p.state->appendable = !kRanged && placed.appendable && violation == 0;
 }
 
 __device__ __forceinline__ void append_rows(const DevicePagerParams& p, ForestShared& s, int rows, int threads) {
@@ -281,7 +318,7 @@ __device__ __forceinline__ void append_rows(const DevicePagerParams& p, ForestSh
     s.pages[own] = count_pages(p.segment_positions[2 * own], end, p.page_shift);
   }
   sync_first(threads);
-  write_page_indptr(p, s, num_segments, threads);
+  write_page_indptr<false>(p, s, num_segments, threads);
   finish_build(p, rows, 0, true);
 }
 

@@ -231,8 +231,28 @@ __device__ __forceinline__ void rank_rows(const DevicePagerParams& p, OrderShare
   }
 }
 
-// Writes sorted_rows and sorted_lcp; complete for all after the barrier's next phase.
-__device__ __forceinline__ Sharers order_rows(const DevicePagerParams& p, OrderShared& s, int rows,
+// Rows of one root, which read or borrow from the same position on, are one class; roots ascend.
+__device__ __forceinline__ bool start_roots(const DevicePagerParams& p, OrderShared& s, const int* root, int rows) {
+  const int row = threadIdx.x;
+  clear_classes(s);
+  s.leader[row] = min(s.leader[row], 0);
+  s.lcp[row] = root[row];
+  s.id[row] = 0;
+  __syncthreads();
+  for (int mine = blockIdx.x; mine < rows; mine += gridDim.x) {
+    const bool before = s.leader[mine] >= 0 && s.leader[row] >= 0 && root[row] < root[mine];
+    const int count = __syncthreads_count(before);
+    if (row == 0) s.rank[mine] = count;
+  }
+  const bool active = split_classes(s, -1);
+  s.from[row] = root[row] >> p.page_shift;
+  __syncthreads();
+  return active;
+}
+
+// Writes sorted_rows and sorted_lcp; complete for all after the barrier's next phase. `root`: of each row, in shared
+// memory; nullptr: all rows begin at 0.
+__device__ __forceinline__ Sharers order_rows(const DevicePagerParams& p, OrderShared& s, int rows, const int* root,
                                               GridBarrier& barrier) {
   const int row = threadIdx.x, mask = (1 << p.page_shift) - 1;
   const bool share = row < rows && p.row_share[row];
@@ -241,6 +261,7 @@ __device__ __forceinline__ Sharers order_rows(const DevicePagerParams& p, OrderS
   s.rank[row] = s.common[row] = 0;
   const Sharers sharers = start_class(s, share);
   bool active = sharers.total > 0;
+  if (root) active = start_roots(p, s, root, rows);
   for (int round = 0; active; ++round) {
     compare_rows(p, s, rows, round);
     barrier.arrive();

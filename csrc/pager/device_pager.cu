@@ -6,15 +6,17 @@
 #include "pager/device_forest.cuh"
 #include "pager/device_order.cuh"
 #include "pager/device_pager.h"
+#include "pager/device_ranges.cuh"
 #include "pager/device_snapshot.cuh"
 
 namespace flashcore {
 namespace pager {
 
-constexpr size_t kBuildSharedBytes = std::max({sizeof(OrderShared), sizeof(ForestShared), sizeof(EmitShared)});
+constexpr size_t kBuildSharedBytes = std::max({sizeof(RangesShared), sizeof(ForestShared), sizeof(EmitShared)});
 
 // Grid: one CTA of 1024 threads per multiprocessor, launched cooperatively, because its barriers want all CTAs
 // resident.
+template <bool kRanged>
 __global__ void __launch_bounds__(kPagerRows, 1) build_kernel(const __grid_constant__ DevicePagerParams p) {
   const PagerState& state = *p.state;
   const int rows = state.rows;
@@ -24,7 +26,9 @@ __global__ void __launch_bounds__(kPagerRows, 1) build_kernel(const __grid_const
   GridBarrier barrier(&p.state->barrier);
   Sharers sharers{};
   if (!append) {
-    sharers = order_rows(p, shared_memory<OrderShared>(), rows, barrier);
+    const int* root = nullptr;
+    if constexpr (kRanged) root = complete_rows(p, shared_memory<RangesShared>(), rows, barrier);
+    sharers = order_rows(p, shared_memory<OrderShared>(), rows, root, barrier);
     barrier.arrive();
   }
   if (blockIdx.x == 0) {
@@ -33,7 +37,8 @@ __global__ void __launch_bounds__(kPagerRows, 1) build_kernel(const __grid_const
     // back.
     const int threads = p.emit ? kPagerRows : (rows + 31) & ~31;
     if (threadIdx.x < threads) {
-      append ? append_rows(p, s, rows, threads) : build_forest(p, s, rows, threads, violation, sharers, barrier);
+      append ? append_rows(p, s, rows, threads)
+             : build_forest<kRanged>(p, s, rows, threads, violation, sharers, barrier);
     }
   } else if (p.emit && !append) {
     barrier.wait();
@@ -51,21 +56,22 @@ __global__ void __launch_bounds__(kPagerRows, 1) build_kernel(const __grid_const
 
 }  // namespace pager
 
-void prepare_build(int ctas) {
+void prepare_build(const DevicePagerParams& params, int ctas) {
   int device = 0, multiprocessors = 0, per_multiprocessor = 0;
+  auto* kernel = params.ranged ? pager::build_kernel<true> : pager::build_kernel<false>;
   FC_CUDA(cudaGetDevice(&device));
   FC_CUDA(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  FC_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, pager::kBuildSharedBytes));
   FC_CUDA(
-      cudaFuncSetAttribute(pager::build_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, pager::kBuildSharedBytes));
-  FC_CUDA(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, pager::build_kernel, kPagerRows,
-                                                        pager::kBuildSharedBytes));
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, kPagerRows, pager::kBuildSharedBytes));
   FC_CHECK(ctas >= 1 && ctas <= multiprocessors * per_multiprocessor)
       << "ctas: want 1 .. " << multiprocessors * per_multiprocessor << ", what device " << device
       << " holds at once, got " << ctas;
 }
 
 void launch_snapshot(const DevicePagerParams& params, const SnapshotInput& input, int ctas, cudaStream_t stream) {
-  pager::snapshot_kernel<<<2 * ctas, pager::kSnapshotThreads, sizeof(pager::SnapshotShared), stream>>>(params, input);
+  auto* kernel = params.ranged ? pager::snapshot_kernel<true> : pager::snapshot_kernel<false>;
+  kernel<<<2 * ctas, pager::kSnapshotThreads, sizeof(pager::SnapshotShared), stream>>>(params, input);
   FC_CUDA(cudaGetLastError());
 }
 
@@ -80,7 +86,7 @@ void launch_build(const DevicePagerParams& params, int ctas, cudaStream_t stream
   config.stream = stream;
   config.attrs = &cooperative;
   config.numAttrs = 1;
-  FC_CUDA(cudaLaunchKernelEx(&config, pager::build_kernel, params));
+  FC_CUDA(cudaLaunchKernelEx(&config, params.ranged ? pager::build_kernel<true> : pager::build_kernel<false>, params));
 }
 
 }  // namespace flashcore

@@ -60,16 +60,25 @@ struct PagerState {
   int appendable;   // appending tokens to rows changes nothing but the ends of `own_segment`
 };
 
-// What the snapshot reads. Not owned. Strides in elements.
+struct IntegerArray {
+  const void* data;  // int32 or int64
+  bool are_64bit;
+};
+
+// What the snapshot reads. Not owned. Strides in elements. A decode step names slots, one per position, from position 0
+// on; the general form, for a pager that is `ranged`, has what is marked with *.
 struct SnapshotInput {
-  const int* req_to_token;       // [num_table_rows, row_stride] slots
-  const void* req_pool_indices;  // [rows] int32 or int64
-  const void* seq_lens;          // [rows] int32 or int64
+  const int* ids;           // [num_table_rows, row_stride] slots; * or pages
+  IntegerArray table_rows;  // [rows]; rows of index 0 are padding; * nullptr: the identity, without padding
+  IntegerArray begins;      // * [rows] first position; nullptr: 0
+  IntegerArray ends;        // [rows] one past the last position
   int64_t row_stride;
+  int64_t entry_stride;  // * elsewhere 1
   int64_t num_table_rows;
   int64_t num_positions;  // of a row of the table
-  int rows;               // B, 1 .. max_rows; rows of pool index 0 are padding
-  bool indices_are_64bit, lens_are_64bit;
+  int rows;               // B, 1 .. max_rows
+  int entry_shift;        // * an entry stands for 1 << entry_shift positions; elsewhere 0
+  int id_shift;           // * id >> id_shift is a page; elsewhere page_shift
 };
 
 // All device memory but `report`; not owned.
@@ -77,6 +86,7 @@ struct DevicePagerParams {
   int max_rows, table_stride, page_shift;  // page size 1 << page_shift
   int num_pages;                           // ids outside [0, num_pages) are read as page 0
   bool sharing, emit;
+  bool ranged;  // rows may begin after position 0; no build is then an append
   int64_t token_cost, segment_cost, partial_cost;
   int max_entries;  // of row_segments; a batch that would have more shares nothing. At least max_rows
 
@@ -86,6 +96,10 @@ struct DevicePagerParams {
   int* table;      // [max_rows, table_stride] page of each block
   int* row_end;    // [max_rows] tokens of each row
   int* row_share;  // [max_rows] 0: never grouped
+  // Only if ranged, else nullptr.
+  int* row_begin;    // [max_rows] first position of each row
+  int* given_begin;  // [max_rows] as the caller gave it
+  int* anchor;       // [max_rows] the row whose top a row borrows; -1: none
 
   int* forest_end;  // [max_rows] row_end and row_share of the last build
   int* forest_share;
@@ -98,16 +112,16 @@ struct DevicePagerParams {
   int* sizes;              // [8]
   int* status;             // [4]
   int* row_order;          // [max_rows]
-  int* segment_rows;       // [2 max_rows, 2]
-  int* segment_positions;  // [2 max_rows, 2]
-  int* segment_entries;    // [2 max_rows + 1] first entry of the segment in `table`; the last is not used
-  int* page_indptr;        // [2 max_rows + 1]
+  int* segment_rows;       // [segments, 2]; segments = 2 max_rows, if ranged 3
+  int* segment_positions;  // [segments, 2]
+  int* segment_entries;    // [segments + 1] first entry of the segment in `table`; the last is not used
+  int* page_indptr;        // [segments + 1]
   int* row_indptr;         // [max_rows + 1]
   int* row_segments;       // [row_segment_capacity]
 
   // Only with emit, else nullptr.
   int* page_indices;     // [entry_capacity]
-  int* run_indptr;       // [2 max_rows + 1]
+  int* run_indptr;       // [segments + 1]
   int* runs;             // [entry_capacity, 2]
   unsigned* run_starts;  // [tiles, 8] scratch: a bit per page entry
   int* tile_runs;        // [tiles] scratch: runs that start in a tile
@@ -115,12 +129,13 @@ struct DevicePagerParams {
   int* cta_runs;         // [CTAs] scratch
 };
 
-// Assigns the arrays of `p` (whose max_rows, table_stride and emit are set) consecutively from `base` on, which may be
-// nullptr, and tells visit(name, offset, elements), in ints. `row_pages`: the most pages of a row. Returns the ints in
-// all.
+// Assigns the arrays of `p` (whose max_rows, table_stride, emit and ranged are set) consecutively from `base` on, which
+// may be nullptr, and tells visit(name, offset, elements), in ints. `row_pages`: the most pages of a row. Returns the
+// ints in all.
 template <class Visit>
 int64_t lay_out_arrays(DevicePagerParams& p, int* base, int64_t row_pages, int ctas, Visit visit) {
-  const int64_t rows = p.max_rows, segments = 2 * rows, entries = p.emit ? rows * row_pages + segments : 0;
+  const int64_t rows = p.max_rows, of_ranged = p.ranged ? rows : 0, segments = 2 * rows + of_ranged;
+  const int64_t entries = p.emit ? rows * row_pages + segments : 0;
   const int64_t tiles = (entries + kEmitTile - 1) / kEmitTile, if_emit = p.emit;
   int64_t at = 0;
   const auto take = [&](auto*& array, const char* name, int64_t elements) {
@@ -134,6 +149,9 @@ int64_t lay_out_arrays(DevicePagerParams& p, int* base, int64_t row_pages, int c
   take(p.status, "status", 4);
   take(p.row_end, "row_end", rows);
   take(p.row_share, "row_share", rows);
+  take(p.row_begin, "row_begin", of_ranged);
+  take(p.given_begin, "given_begin", of_ranged);
+  take(p.anchor, "anchor", of_ranged);
   take(p.forest_end, "forest_end", rows);
   take(p.forest_share, "forest_share", rows);
   take(p.own_segment, "own_segment", rows);
@@ -146,7 +164,7 @@ int64_t lay_out_arrays(DevicePagerParams& p, int* base, int64_t row_pages, int c
   take(p.segment_entries, "segment_entries", segments + 1);
   take(p.page_indptr, "page_indptr", segments + 1);
   take(p.row_indptr, "row_indptr", rows + 1);
-  take(p.row_segments, "row_segments", rows * (rows + 1) / 2 + 2 * rows);
+  take(p.row_segments, "row_segments", rows * (rows + 1) / 2 + 2 * rows + of_ranged);
   take(p.page_indices, "page_indices", entries);
   take(p.run_indptr, "run_indptr", if_emit * (segments + 1));
   take(p.runs, "runs", 2 * entries);
@@ -160,7 +178,7 @@ int64_t lay_out_arrays(DevicePagerParams& p, int* base, int64_t row_pages, int c
 
 // Readies the build kernel for the current device. Raises if `ctas` of it, one per multiprocessor, cannot be resident
 // at once.
-void prepare_build(int ctas);
+void prepare_build(const DevicePagerParams& params, int ctas);
 
 void launch_snapshot(const DevicePagerParams& params, const SnapshotInput& input, int ctas, cudaStream_t stream);
 void launch_build(const DevicePagerParams& params, int ctas, cudaStream_t stream);

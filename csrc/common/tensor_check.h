@@ -1,0 +1,86 @@
+// Checks of the tensors that an export is given. Errors: ValueError "<argument>: want <rule>, got <value>".
+#pragma once
+#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/extra/c_env_api.h>
+
+#include <string>
+
+#include "attention/params.h"
+#include "common/cuda_check.h"
+
+namespace flashcore {
+
+using tvm::ffi::TensorView;
+
+inline std::string shape_text(const TensorView& t) {
+  std::string s = "[";
+  for (int i = 0; i < t.ndim(); ++i) s += (i ? ", " : "") + std::to_string(t.size(i));
+  return s + "]";
+}
+
+inline cudaStream_t current_stream(const TensorView& t) {
+  return static_cast<cudaStream_t>(TVMFFIEnvGetStream(t.device().device_type, t.device().device_id));
+}
+
+inline int multiprocessors(const TensorView& t) {
+  int count = 0;
+  FC_CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, t.device().device_id));
+  return count;
+}
+
+inline void check_device(const char* name, const TensorView& t, const TensorView& like) {
+  FC_CHECK(t.device().device_type == kDLCUDA)
+      << name << ": want a CUDA tensor, got device type " << static_cast<int>(t.device().device_type);
+  FC_CHECK(t.device().device_id == like.device().device_id)
+      << name << ": want device cuda:" << like.device().device_id
+      << " (that of the workspace), got cuda:" << t.device().device_id;
+}
+
+inline const int* int_array(const char* name, const TensorView& t, const TensorView& like, int64_t at_least) {
+  check_device(name, t, like);
+  FC_CHECK(t.dtype().code == kDLInt && t.dtype().bits == 32)
+      << name << ": want int32, got " << static_cast<int>(t.dtype().bits) << "-bit type "
+      << static_cast<int>(t.dtype().code);
+  FC_CHECK(t.IsContiguous()) << name << ": want a contiguous tensor, got strides of shape " << shape_text(t);
+  FC_CHECK(t.numel() >= at_least) << name << ": want at least " << at_least << " elements, got " << shape_text(t);
+  return static_cast<const int*>(t.data_ptr());
+}
+
+inline DType half_type(const char* name, const TensorView& t) {
+  const bool bf16 = t.dtype().code == kDLBfloat && t.dtype().bits == 16,
+             fp16 = t.dtype().code == kDLFloat && t.dtype().bits == 16;
+  FC_CHECK(bf16 || fp16) << name << ": want bfloat16 or float16, got " << static_cast<int>(t.dtype().bits)
+                         << "-bit type " << static_cast<int>(t.dtype().code);
+  return bf16 ? DType::kBf16 : DType::kFp16;
+}
+
+// q and out [T, H, D], k_cache and v_cache [slots, G, D], as the attention kernels take them.
+inline void check_qkv(const TensorView& q, const TensorView& k_cache, const TensorView& v_cache,
+                      const TensorView& out) {
+  FC_CHECK(q.ndim() == 3 && q.stride(2) == 1 && q.stride(1) == q.size(2) && q.stride(0) % 8 == 0 &&
+           reinterpret_cast<uintptr_t>(q.data_ptr()) % 16 == 0)
+      << "q: want [T, H, D] with heads and dims contiguous, aligned to 16 bytes, got " << shape_text(q);
+  FC_CHECK(q.size(0) * q.stride(0) < (int64_t{1} << 31)) << "q: want fewer than 2^31 elements, got " << shape_text(q);
+  FC_CHECK(out.ndim() == 3 && out.size(0) == q.size(0) && out.size(1) == q.size(1) && out.size(2) == q.size(2) &&
+           out.stride(2) == 1 && out.stride(1) == out.size(2) && out.stride(0) % 8 == 0 &&
+           reinterpret_cast<uintptr_t>(out.data_ptr()) % 16 == 0)
+      << "out: want " << shape_text(q) << " with heads and dims contiguous, aligned to 16 bytes, got "
+      << shape_text(out);
+  FC_CHECK(k_cache.ndim() == 3 && k_cache.size(2) == q.size(2) && k_cache.stride(2) == 1)
+      << "k_cache: want [slots, G, " << q.size(2) << "] with dims contiguous, got " << shape_text(k_cache);
+  FC_CHECK(v_cache.ndim() == 3 && v_cache.size(0) == k_cache.size(0) && v_cache.size(1) == k_cache.size(1) &&
+           v_cache.size(2) == k_cache.size(2) && v_cache.stride(0) == k_cache.stride(0) &&
+           v_cache.stride(1) == k_cache.stride(1) && v_cache.stride(2) == 1)
+      << "v_cache: want shape and strides of k_cache " << shape_text(k_cache) << ", got " << shape_text(v_cache);
+  FC_CHECK(k_cache.size(0) > 0 && k_cache.size(0) < (int64_t{1} << 31))
+      << "k_cache: want 1 .. 2^31 - 1 slots, got " << k_cache.size(0);
+  FC_CHECK(k_cache.stride(0) % 8 == 0 && k_cache.stride(1) % 8 == 0 &&
+           k_cache.size(0) * (k_cache.stride(0) / 8) < (int64_t{1} << 32))
+      << "k_cache: want strides in multiples of 8 elements and less than 64 GiB, got strides " << k_cache.stride(0)
+      << ", " << k_cache.stride(1) << " of " << shape_text(k_cache);
+  FC_CHECK(half_type("k_cache", k_cache) == half_type("q", q) && half_type("v_cache", v_cache) == half_type("q", q) &&
+           half_type("out", out) == half_type("q", q))
+      << "k_cache, v_cache, out: want the dtype of q, got another";
+}
+
+}  // namespace flashcore
