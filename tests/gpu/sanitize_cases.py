@@ -1,0 +1,126 @@
+"""Small cases of every GPU path, for compute-sanitizer (scripts/sanitize.sh). Results are only looked at for NaN: the
+tests compare them.
+
+    python tests/gpu/sanitize_cases.py [pager] [decode]
+
+Inputs are made on the CPU and copied, so that the tools see every byte that is initialised and few kernels but ours.
+The workspaces are not initialised: nothing may be read that was not written.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+from dataclasses import dataclass
+
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from gpu.decode_cases import Level, forest
+
+from flashcore_sglang.config import SHARE_ALWAYS
+from flashcore_sglang.device_pager import DevicePager
+from flashcore_sglang.gpu_decode import GpuDecode
+
+WIDE: tuple[Level, ...] = ((1, 320), (18, 40))  # 72 q_rows share
+NARROW: tuple[Level, ...] = ((3, 200),)
+SPLIT: tuple[Level, ...] = ((2, 1400),)
+TREE: tuple[Level, ...] = ((2, 256), ((3, 5), 128), (8, 33))
+
+
+@dataclass
+class DecodeCase:
+    name: str
+    levels: tuple[Level, ...]
+    head_dim: int = 128
+    dtype: torch.dtype = torch.bfloat16
+    page_size: int = 1
+    order: str = "runs"
+    logit_cap: float = 0.0
+    sinks: bool = False
+    lens: list[int] | None = None
+    graph: bool = False
+
+
+DECODE = (
+    DecodeCase("wide", WIDE, order="interleaved"),
+    DecodeCase("wide d64 fp16", WIDE, 64, torch.float16, order="permuted"),
+    DecodeCase("wide d256, page 16, sinks", WIDE, 256, page_size=16, sinks=True),
+    DecodeCase("narrow d64, page 64", NARROW, 64, page_size=64),
+    DecodeCase("narrow, cap and sinks, an empty request", NARROW, logit_cap=20.0, sinks=True, lens=[0, 77, 200]),
+    DecodeCase("narrow d256 fp16, permuted", NARROW, 256, torch.float16, order="permuted"),
+    DecodeCase("split", SPLIT, order="fragmented"),
+    DecodeCase("tree in a graph", TREE, graph=True),
+)
+
+
+def run_decode(case: DecodeCase) -> None:
+    heads, kv_heads = 8, 2
+    f = forest(case.levels, case.page_size, case.order, case.lens)
+    decode = GpuDecode(
+        page_size=case.page_size, num_pages=f.num_pages, max_rows=f.batch, max_tokens=f.table.shape[1],
+        heads=heads, kv_heads=kv_heads, head_dim=case.head_dim,
+    )  # fmt: skip
+    decode._workspace = torch.empty_like(decode._workspace)
+    q = torch.randn(f.batch, heads, case.head_dim).to(case.dtype).cuda()
+    k, v = (torch.randn(f.num_slots, kv_heads, case.head_dim).to(case.dtype).cuda() for _ in range(2))
+    out = torch.full((f.batch, heads, case.head_dim), torch.nan, dtype=case.dtype).cuda()
+    sinks = torch.randn(heads).cuda() if case.sinks else None
+    tables = f.table.cuda(), torch.arange(1, f.batch + 1).cuda(), f.seq_lens.cuda()
+
+    def step() -> None:
+        decode.plan()
+        decode.attend(q, k, v, out, scale=0.1, logit_cap=case.logit_cap, sinks=sinks)
+
+    decode.snapshot(*tables)
+    if case.graph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        graph.replay()
+        decode.snapshot(*tables)
+        graph.replay()
+    else:
+        step()
+    assert out.cpu().isfinite().all(), f"{case.name}: not finite"
+
+
+def run_pager(page_size: int) -> None:
+    """A rebuild, an append, the canonical arrays; rows with a start, and staging."""
+    f = forest(TREE, page_size)
+    sizes = {"max_rows": f.batch, "max_tokens": f.table.shape[1], "num_pages": f.num_pages, "cost_model": SHARE_ALWAYS}
+    rows, table = torch.arange(1, f.batch + 1).cuda(), f.table.cuda()
+    pager = DevicePager(page_size, canonical=True, **sizes)
+    for length in (f.seq_lens - 1, f.seq_lens):
+        pager.snapshot(table, rows, length.cuda())
+        pager.build()
+    layout = pager.layout(f.batch).to_cpu()
+    assert layout.appended and layout.status[0] == 0
+
+    general = DevicePager(page_size, ranged=True, staging=True, **sizes)
+    pages = (f.table[1:] // page_size).cuda()
+    starts = torch.arange(f.batch) * 7
+    resident = (torch.arange(f.num_pages) % 5 > 0).cuda()
+    general.snapshot_ranges(pages, starts.cuda(), f.seq_lens.cuda())
+    general.build(resident)
+    staged = general.layout(f.batch).to_cpu()
+    assert not staged.is_complete and staged.status[0] == 0
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    wanted = sys.argv[1:] or ["pager", "decode"]
+    if "pager" in wanted:
+        for page_size in (1, 16):
+            run_pager(page_size)
+    if "decode" in wanted:
+        for case in DECODE:
+            run_decode(case)
+            print(case.name, flush=True)
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
