@@ -28,10 +28,11 @@
 // Microseconds of both launches on an H100, L2 flushed, less an empty graph (python scripts/bench_pager.py): a rebuild
 // in which every row changed, and an append.
 //   rows x tokens            page size 1            page size 64
-//   256 x 8192, own pages    24.5, append 15.0      15.3, append 9.1
-//   256 x 8448, one prefix   28.2, append 16.8      17.4, append 9.6
-//   1,024 x 8192, own        58.4, append 37.8      24.0, append 14.0
-//   1,024 x 8448, prefix     75.0, append 39.9      29.7, append 14.1
+//   256 x 8192, own pages    21.4, append 12.4      13.8, append 7.5
+//   256 x 8448, one prefix   25.8, append 14.3      16.4, append 7.8
+//   256 x 8192, 5 levels     44.7, append 12.8      34.2, append 7.6
+//   1,024 x 8192, own        49.5, append 31.2      22.0, append 11.7
+//   1,024 x 8448, prefix     65.7, append 32.5      27.6, append 12.2
 // Append is the snapshot's 8 bytes of memory per entry. A level of a tree adds 4 to 5 us to a rebuild: a comparison and
 // a barrier of the grid. Of the 13 us that a build takes at 256 rows, whatever their length, 3 are its two barriers, 3
 // the latency of the comparison, and 5 the forest.
