@@ -4,7 +4,7 @@
 // A group of rows that agree up to a depth is an interval of boundaries whose LCPs are at least that depth; its first
 // boundary of exactly that depth stands for it. Extents are found by doubling over a table of range minima. Groups
 // decide bottom-up, a level of the tree at a time, in integers (csrc/pager/forest.cc says what).
-// 133 KB of shared memory, 40 of them range minima. Only the warps that have rows take part (`threads` of them): with
+// 131 KB of shared memory, 41 of them range minima. Only the warps that have rows take part (`threads` of them): with
 // 256 rows the barriers and the instructions of the other 24 would take longer than the work.
 #pragma once
 #include "pager/device_block.cuh"

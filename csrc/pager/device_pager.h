@@ -20,9 +20,13 @@
 // leader * table_stride + first block and the leader is the segment's first row. In a kernel's arguments
 // (segment_entries, table) stand for (page_indptr, page_indices). A build then writes a few kilobytes.
 //
+// A pager that is `ranged` pages any ranges of a table of pages: rows that begin after position 0 first borrow what
+// they are sorted by (device_ranges.cuh), two phases of the grid's barrier more, and every build is a rebuild.
+//
 // Capacities for R rows of at most T pages, sizes that no input can exceed: 2 R segments (at most R - 1 groups and R
-// own parts), R (R + 1) / 2 + 2 R row_segments, R * align(T, 128) table entries; with emit R T + 2 R page_indices, as
-// many runs, and scratch of 5/128 of that. lay_out_arrays has them all. MiB without emit:
+// own parts; if ranged R more, what rows read before their group), R (R + 1) / 2 + 2 R row_segments (if ranged R more),
+// R * align(T, 128) table entries; with emit R T + 2 R page_indices, as many runs, and scratch of 5/128 of that.
+// lay_out_arrays has them all. MiB without emit:
 //   256 x 12288 tokens: 12.2 at page size 1, 0.4 at 64. 1,024 x 131072: 514.1 and 10.1; SGLang's own table takes 512.
 //
 // Microseconds of both launches on an H100, L2 flushed, less an empty graph (python scripts/bench_pager.py): a rebuild
