@@ -8,20 +8,13 @@
 //   lcp not equal          they part at the smaller lcp, where the other one goes with the leader
 // so every pair is decided in exactly one round, and the rank of a row is the number of rows found to be before it.
 // Every CTA keeps the classes of all rows for itself (one thread each); CTAs divide the comparisons, then the pairs by
-// row. A round with little to compare (a table of large pages, or the last rounds of any) is cheaper done by every CTA
-// for itself than divided: 2 us instead of 5, most of which are the barrier and the way of the results through L2.
+// row.
 #pragma once
 #include "pager/device_block.cuh"
 
 namespace flashcore::pager {
 
-constexpr int kClassSlots = 4 * kPagerRows;   // sparse: a row's search is short
-constexpr int kStrip = 128;                   // entries that a warp compares at a time in a local round
-constexpr int kLocalStrips = kPagerRows / 2;  // the most of them, 16 for each warp
-
-// What is known of a row's first difference from its leader, smallest first: entry << 32 | page << 1 | page is less.
-// All ones: none found.
-using Mismatch = unsigned long long;
+constexpr int kClassSlots = 4 * kPagerRows;  // sparse: a row's search is short
 
 struct OrderShared {
   int blocks[kPagerRows], end[kPagerRows];
@@ -29,7 +22,6 @@ struct OrderShared {
   int from[kPagerRows], to[kPagerRows];
   int lcp[kPagerRows], id[kPagerRows], less[kPagerRows];
   int tile_begin[kPagerRows + 1];
-  Mismatch mismatch[kPagerRows];             // of a local round
   int slot_row[kClassSlots];                 // hash table of (leader, lcp, id): a row that has it; -1: free
   unsigned slot_best[kClassSlots];           // the new leader, below random bits
   int slot_shared[kClassSlots];              // 1: by more than one row
@@ -109,49 +101,38 @@ __device__ __forceinline__ Sharers start_class(OrderShared& s, bool share) {
   return {before + __popc(sharing & ((1u << lane) - 1)), total};
 }
 
+// What is known of a row's first difference from its leader, smallest first: entry << 32 | page << 1 | page is less.
+// All ones: none found.
+using Mismatch = unsigned long long;
+
 __device__ __forceinline__ int component(const int4& v, int k) {
   return k == 0 ? v.x : k == 1 ? v.y : k == 2 ? v.z : v.w;
 }
 
-// A lane's first difference of a row from its leader.
-struct Difference {
-  unsigned at = kNever;
-  int page = 0, leader_page = 0;
-
-  // Entries e .. e + 3 of both.
-  __device__ __forceinline__ void look(const int4& x, const int4& y, int e) {
-    const int k = x.x != y.x ? 0 : x.y != y.y ? 1 : x.z != y.z ? 2 : 3;
-    if (at == kNever && component(x, k) != component(y, k)) {
-      at = e + k;
-      page = component(x, k), leader_page = component(y, k);
-    }
-  }
-};
-
-// Keeps the first of all lanes' differences. The same in all lanes: whether there is one.
-__device__ __forceinline__ bool keep_first(const Difference& d, int to, Mismatch* mismatch) {
-  const unsigned first = __reduce_min_sync(kAllLanes, d.at);
-  if (first >= static_cast<unsigned>(to)) return false;
-  if (d.at == first) {
-    const unsigned low = static_cast<unsigned>(d.page) << 1 | (d.page < d.leader_page);
-    atomicMin(mismatch, static_cast<Mismatch>(first) << 32 | low);
-  }
-  return true;
-}
-
-// Whether two rows differ in a tile, which begins at `begin` and ends at `to` or earlier; the same in all lanes.
+// The first difference of two rows in a tile, which begins at `begin` and ends at `to` or earlier; the same in all
+// lanes. Whether there is one.
 __device__ __forceinline__ bool compare_tile(const int* row, const int* leader, int begin, int to, Mismatch* mismatch) {
-  Difference d;
+  unsigned mine = kNever;
+  int page = 0, leader_page = 0;
 #pragma unroll
   for (int i = 0; i < kCompareTile / 128; ++i) {
     const int e = begin + i * 128 + (threadIdx.x & 31) * 4;
-    if (e < to) d.look(*reinterpret_cast<const int4*>(row + e), *reinterpret_cast<const int4*>(leader + e), e);
+    if (e < to) {
+      const int4 x = *reinterpret_cast<const int4*>(row + e), y = *reinterpret_cast<const int4*>(leader + e);
+      const int k = x.x != y.x ? 0 : x.y != y.y ? 1 : x.z != y.z ? 2 : 3;
+      if (mine == kNever && component(x, k) != component(y, k)) {
+        mine = e + k;
+        page = component(x, k), leader_page = component(y, k);
+      }
+    }
   }
-  return keep_first(d, to, mismatch);
-}
-
-__device__ __forceinline__ const int* entries_of(const DevicePagerParams& p, int row) {
-  return p.table + static_cast<int64_t>(row) * p.table_stride;
+  const unsigned first = __reduce_min_sync(kAllLanes, mine);
+  if (first >= static_cast<unsigned>(to)) return false;
+  if (mine == first) {
+    const unsigned low = static_cast<unsigned>(page) << 1 | (page < leader_page);
+    atomicMin(mismatch, static_cast<Mismatch>(first) << 32 | low);
+  }
+  return true;
 }
 
 // Tiles [first, last) of all rows' tiles.
@@ -164,60 +145,21 @@ __device__ __forceinline__ void compare_tiles(const DevicePagerParams& p, const 
       next = s.tile_begin[row + 1];
     }
     const int begin = (s.from[row] & ~3) + (tile - s.tile_begin[row]) * kCompareTile;
-    const bool found = compare_tile(entries_of(p, row), entries_of(p, s.leader[row]), begin, s.to[row], mismatch + row);
+    const bool found =
+        compare_tile(p.table + static_cast<int64_t>(row) * p.table_stride,
+                     p.table + static_cast<int64_t>(s.leader[row]) * p.table_stride, begin, s.to[row], mismatch + row);
     tile = found ? next : tile + 1;  // what comes after the first difference does not matter
   }
 }
 
-// All strips, by this CTA alone, four at a time for a warp. The leader is one for many rows and comes from L1.
-__device__ __forceinline__ void compare_locally(const DevicePagerParams& p, OrderShared& s, int rows, int strips) {
-  constexpr int kAtOnce = 4, kWarps = kPagerRows / 32;
-  const int lane = threadIdx.x & 31;
-#pragma unroll 1
-  for (int first = (threadIdx.x >> 5) * kAtOnce; first < strips; first += kWarps * kAtOnce) {
-    const int mine = lane < kAtOnce && first + lane < strips ? find_interval(s.tile_begin, rows, first + lane) : -1;
-    const int my_entry = mine < 0 ? 0 : (s.from[mine] & ~3) + (first + lane - s.tile_begin[mine]) * kStrip;
-    int4 x[kAtOnce];
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {  // all loads before the first use
-      const int row = __shfl_sync(kAllLanes, mine, i), e = __shfl_sync(kAllLanes, my_entry, i) + 4 * lane;
-      if (row >= 0 && e < s.to[row]) x[i] = *reinterpret_cast<const int4*>(entries_of(p, row) + e);
-    }
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int row = __shfl_sync(kAllLanes, mine, i), e = __shfl_sync(kAllLanes, my_entry, i) + 4 * lane;
-      if (row < 0) break;
-      Difference d;
-      if (e < s.to[row]) d.look(x[i], *reinterpret_cast<const int4*>(entries_of(p, s.leader[row]) + e), e);
-      keep_first(d, s.to[row], s.mismatch + row);
-    }
-  }
-}
-
-// Of `entries` of each row, in tiles of `tile`; the tiles of all rows.
-__device__ __forceinline__ int scan_tiles(OrderShared& s, int entries, int tile, int* scratch) {
-  int total;
-  s.tile_begin[threadIdx.x] = block_scan((entries + tile - 1) / tile, kWholeCta, scratch, &total);
-  if (threadIdx.x == 0) s.tile_begin[kPagerRows] = total;
-  return total;
-}
-
-// Compares the rows with their leaders. `round` counts the divided ones. Returns whether this one was: its results are
-// in p.mismatch after a phase of the barrier, else in s.mismatch after the CTA's.
-__device__ __forceinline__ bool compare_rows(const DevicePagerParams& p, OrderShared& s, int rows, int round) {
+__device__ __forceinline__ void compare_rows(const DevicePagerParams& p, OrderShared& s, int rows, int round) {
   const int row = threadIdx.x;
-  int entries = 0;
+  int total, tiles = 0;
   if (s.leader[row] >= 0 && s.leader[row] != row && s.from[row] < s.to[row]) {
-    entries = s.to[row] - (s.from[row] & ~3);
+    tiles = (s.to[row] - (s.from[row] & ~3) + kCompareTile - 1) / kCompareTile;
   }
-  s.mismatch[row] = ~Mismatch{0};
-  const int strips = scan_tiles(s, entries, kStrip, s.scratch);
-  if (strips <= kLocalStrips) {
-    __syncthreads();
-    compare_locally(p, s, rows, strips);
-    return false;
-  }
-  const int total = scan_tiles(s, entries, kCompareTile, s.sharers);
+  s.tile_begin[row] = block_scan(tiles, kWholeCta, s.scratch, &total);
+  if (row == 0) s.tile_begin[kPagerRows] = total;
   // The next round's words: last read before this round's barrier, next written after it.
   if (blockIdx.x == gridDim.x - 1 && row < rows) p.mismatch[(round + 1) % 3 * p.max_rows + row] = ~Mismatch{0};
   __syncthreads();
@@ -225,17 +167,18 @@ __device__ __forceinline__ bool compare_rows(const DevicePagerParams& p, OrderSh
   const int warps = gridDim.x * (kPagerRows / 32), span = (total + warps - 1) / warps;
   const int first = ((row >> 5) * gridDim.x + blockIdx.x) * span;
   compare_tiles(p, s, rows, first, min(total, first + span), p.mismatch + round % 3 * p.max_rows);
-  return true;
 }
 
-__device__ __forceinline__ void load_results(const DevicePagerParams& p, OrderShared& s, bool divided, int round) {
+__device__ __forceinline__ void load_results(const DevicePagerParams& p, OrderShared& s, int round) {
   const int row = threadIdx.x;
   if (s.leader[row] >= 0) {
-    const Mismatch found = divided ? __ldcg(p.mismatch + round % 3 * p.max_rows + row) : s.mismatch[row];
+    const Mismatch found = __ldcg(p.mismatch + round % 3 * p.max_rows + row);
     const int at = static_cast<int>(min(found >> 32, Mismatch{kNever})), to = s.to[row];
     const bool ended = at >= to && to == s.blocks[row];  // else the leader did
     s.lcp[row] = min(at, to);
-    s.id[row] = at < to ? static_cast<int>(static_cast<unsigned>(found) >> 1) : ended ? -1 : entries_of(p, row)[to];
+    s.id[row] = at < to ? static_cast<int>(static_cast<unsigned>(found) >> 1)
+                : ended ? -1
+                        : p.table[static_cast<int64_t>(row) * p.table_stride + to];
     s.less[row] = at < to ? found & 1 : ended;
   }
   __syncthreads();
@@ -319,13 +262,12 @@ __device__ __forceinline__ Sharers order_rows(const DevicePagerParams& p, OrderS
   const Sharers sharers = start_class(s, share);
   bool active = sharers.total > 0;
   if (root) active = start_roots(p, s, root, rows);
-  for (int round = 0, divided_rounds = 0; active; ++round) {
-    const bool divided = compare_rows(p, s, rows, divided_rounds);
-    if (divided) barrier.arrive();
+  for (int round = 0; active; ++round) {
+    compare_rows(p, s, rows, round);
+    barrier.arrive();
     clear_classes(s);
-    divided ? barrier.wait() : __syncthreads();
-    load_results(p, s, divided, divided_rounds);
-    divided_rounds += divided;
+    barrier.wait();
+    load_results(p, s, round);
     rank_rows(p, s, rows);
     __syncthreads();
     active = split_classes(s, round);
