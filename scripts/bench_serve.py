@@ -1,0 +1,368 @@
+"""Serving throughput: SGLang with FA3, flashcore_sparse and FlashInfer, one server after the other, the same requests.
+
+    python scripts/bench_serve.py                                       # every row, on a Hopper GPU; no download
+    python scripts/bench_serve.py --backends fa3 ours --rows 1x256:8192+128:128 64x1:2048+128:128
+    python scripts/bench_serve.py --defaults                            # every default of SGLang on
+    python scripts/bench_serve.py --load 6                              # also TTFT and ITL, 6 s of arrivals per row
+    python scripts/bench_serve.py --report scripts/results/serve.json   # table and chart of an earlier run
+
+A row is groups x requests : shared + own prompt tokens : output tokens. The model is Llama-3.1-8B's shape with dummy
+weights. Prompts are token ids, sent to /generate: sglang.benchmark.serving times tokens by their text, which a server
+without a tokenizer does not send. Its prefixes and prompts are put into the radix cache first, save in the row marked
+"cold"; then all requests of a row are sent at once. "steady" is the median of the server's own "gen throughput" while
+all of them decode; "whole" is output tokens over the time from the first request sent to the last answer read.
+
+With ``--load`` the same requests then arrive at random (Poisson) at 70 % of FA3's steady throughput: time to first
+token and between tokens. Measure FA3 first: a server before it gets 70 % of its own throughput.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from serving import Answer, Server, encode, generate, running, send_all, session
+
+ROOT = Path(__file__).resolve().parent.parent
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "torch_dtype": "bfloat16",
+}
+BACKENDS = {
+    "fa3": ["--attention-backend", "fa3"],
+    "ours": ["--attention-backend", "fa3", "--decode-attention-backend", "flashcore_sparse"],
+    "ours-alone": ["--attention-backend", "flashcore_sparse"],
+    "flashinfer": ["--attention-backend", "flashinfer"],
+}
+SMALL = ["--skip-tokenizer-init", "--cuda-graph-bs-decode", "1", "32", "64", "256", "512"]
+SMALL += ["--cuda-graph-backend-prefill", "disabled", "--mem-fraction-static", "0.8", "--max-running-requests", "512"]
+LOAD_SHARE = 0.7
+"""Of FA3's steady throughput, the rate at which requests arrive."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One workload, and what it must show: ours over FA3. ``cold``: nothing is cached, and the whole run counts."""
+
+    groups: int
+    requests: int  # of each group
+    shared: int
+    own: int
+    output: int
+    target: float | None = None
+    cold: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.groups}x{self.requests}:{self.shared}+{self.own}:{self.output}{':cold' if self.cold else ''}"
+
+    @property
+    def batch(self) -> int:
+        return self.groups * self.requests
+
+    def prefixes(self) -> list[list[int]]:
+        return [_tokens(f"prefix {g} {self.shared}", self.shared) for g in range(self.groups)]
+
+    def prompts(self) -> list[list[int]]:
+        """Group after group."""
+        return [
+            prefix + _tokens(f"own {g} {i} {self.name}", self.own)
+            for g, prefix in enumerate(self.prefixes())
+            for i in range(self.requests)
+        ]
+
+
+ROWS = (
+    Row(1, 256, 8192, 128, 128, 3.5),
+    Row(1, 256, 8192, 128, 512, 3.0),
+    Row(1, 512, 2048, 128, 128, 1.65),
+    Row(8, 32, 4096, 256, 128, 2.2),
+    Row(1, 32, 32768, 512, 128, 2.7),
+    Row(64, 1, 2048, 128, 128, 0.99),
+    Row(1, 1, 1024, 128, 128, 0.99),
+    Row(64, 1, 8192, 0, 16, 0.99, cold=True),
+)
+
+
+def _tokens(seed: str, count: int) -> list[int]:
+    generator = random.Random(seed)
+    return [generator.randrange(10, 10_000) for _ in range(count)]
+
+
+def parse_row(text: str) -> Row:
+    """A row of the table by its name, or a new one.
+
+    Raises argparse.ArgumentTypeError for text of another form.
+    """
+    for row in ROWS:
+        if row.name == text:
+            return row
+    found = re.fullmatch(r"(\d+)x(\d+):(\d+)\+(\d+):(\d+)(:cold)?", text)
+    if not found:
+        wanted = "groups x requests : shared + own : output, as 8x32:4096+256:128"
+        raise argparse.ArgumentTypeError(f"row: want {wanted}, got {text!r}")
+    groups, requests, shared, own, output = (int(found[i]) for i in range(1, 6))
+    return Row(groups, requests, shared, own, output, cold=bool(found[6]))
+
+
+def percentiles(seconds: list[float]) -> dict[str, float]:
+    """Milliseconds: p50 and p99."""
+    ordered = sorted(seconds)
+    at = {p: ordered[min(len(ordered) - 1, int(p / 100 * len(ordered)))] for p in (50, 99)}
+    return {f"p{p}_ms": 1e3 * value for p, value in at.items()}
+
+
+def _must_succeed(answers: list[Answer]) -> list[Answer]:
+    if errors := [a.error for a in answers if a.error]:
+        raise RuntimeError(f"{len(errors)} of {len(answers)} requests failed, the first with: {errors[0]}")
+    return answers
+
+
+def warm(server: Server, row: Row) -> None:
+    """Puts the row's prefixes, then its prompts, into the radix cache."""
+    server.flush_cache()
+    for prompts in (row.prefixes(), row.prompts()):
+        bodies = [encode(p, 1) for p in prompts if p]
+        _must_succeed(asyncio.run(send_all(server.url, bodies)))
+
+
+def measure(server: Server, row: Row) -> dict[str, Any]:
+    """All requests of the row at once."""
+    if row.cold:
+        server.flush_cache()
+    else:
+        warm(server, row)
+    bodies = [encode(p, row.output) for p in row.prompts()]
+    offset, start = server.log_size(), time.perf_counter()
+    answers = _must_succeed(asyncio.run(send_all(server.url, bodies)))
+    seconds = time.perf_counter() - start
+    time.sleep(0.3)  # the log is written by another process
+    rates = server.decode_rates(offset, row.batch)
+    return {
+        "steady": statistics.median(rates) if rates else None,
+        "steady_lines": rates,
+        "seconds": seconds,
+        "whole": row.batch * row.output / seconds,
+        "cached_tokens": statistics.median(a.cached_tokens for a in answers),
+    }
+
+
+async def _arrive(url: str, bodies: list[bytes], per_second: float) -> list[Answer]:
+    generator = random.Random(0)
+    async with session() as client:
+        tasks = []
+        for body in bodies:
+            tasks.append(asyncio.create_task(generate(client, url, body)))
+            await asyncio.sleep(generator.expovariate(per_second))
+        return await asyncio.gather(*tasks)
+
+
+def load(server: Server, row: Row, tokens_per_second: float, seconds: float) -> dict[str, Any]:
+    """Requests of the row, over and over, arriving so that they ask for ``tokens_per_second``."""
+    per_second = tokens_per_second / row.output
+    bodies = [encode(p, row.output, stream=True) for p in row.prompts()]
+    count = max(8, int(per_second * seconds))
+    answers = _must_succeed(
+        asyncio.run(_arrive(server.url, [bodies[i % len(bodies)] for i in range(count)], per_second))
+    )
+    return {
+        "requests": count,
+        "tokens_per_second": tokens_per_second,
+        "ttft": percentiles([a.ttft for a in answers]),
+        "itl": percentiles([gap for a in answers for gap in a.gaps]),
+    }
+
+
+def bench_backend(name: str, args: argparse.Namespace, model: str, results: dict[str, Any], save: Any) -> None:
+    """Starts one server, measures its rows, stops it; ``save`` is called after each row."""
+    arguments = ["--model-path", model, "--random-seed", "1", *BACKENDS.get(name, ["--attention-backend", name])]
+    arguments += ["--decode-log-interval", "8"]
+    arguments += [] if args.model_path else ["--load-format", "dummy"]
+    arguments += ["--skip-tokenizer-init"] if args.defaults else SMALL
+    arguments += args.server_args.split()
+    log = Path(args.out) / f"serve_{name}.log"
+    with running(arguments, log) as server:
+        print(f"{name}: ready in {server.ready_seconds:.0f} s", flush=True)
+        mine = results["backends"].setdefault(name, {"rows": {}})
+        mine |= {"ready_seconds": server.ready_seconds, "arguments": arguments}
+        for row in args.rows:
+            entry = mine["rows"][row.name] = measure(server, row)
+            fa3 = (results["backends"].get("fa3") or mine)["rows"].get(row.name)
+            if args.load and not row.cold and fa3 and fa3["steady"]:
+                entry["load"] = load(server, row, LOAD_SHARE * fa3["steady"], args.load)
+            save()
+            print(f"  {row.name:24s} {_cell(entry['steady'])} steady {_cell(entry['whole'])} whole", flush=True)
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}"
+
+
+def figure(results: dict[str, Any], backend: str, row: Row) -> float | None:
+    """Output tokens per second that count for the row: steady, or whole if it is cold."""
+    entry = results["backends"].get(backend, {}).get("rows", {}).get(row.name)
+    return entry and (entry["whole"] if row.cold else entry["steady"])
+
+
+def ratio(results: dict[str, Any], row: Row, ours: str, peer: str) -> float | None:
+    mine, other = figure(results, ours, row), figure(results, peer, row)
+    return mine / other if mine and other else None
+
+
+def _measured_rows(results: dict[str, Any]) -> list[Row]:
+    names = [name for entry in results["backends"].values() for name in entry["rows"]]
+    return [parse_row(name) for name in dict.fromkeys(names)]
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: steady tokens per second of each backend, whole-run time, ours over the peers, and the target."""
+    backends = list(results["backends"])
+    lines = [
+        "| groups x requests: shared + own: output | " + " | ".join(backends) + " | x fa3 | wanted | x flashinfer |",
+        "|---" * (len(backends) + 4) + "|",
+    ]
+    ours = next((b for b in backends if b.startswith("ours")), "ours")
+    for row in _measured_rows(results):
+        cells = []
+        for backend in backends:
+            entry = results["backends"][backend]["rows"].get(row.name)
+            cells.append(f"{_cell(figure(results, backend, row))} ({entry['seconds']:.1f} s)" if entry else "-")
+        ratios = [ratio(results, row, ours, peer) for peer in ("fa3", "flashinfer")]
+        words = [f"{r:.2f}" if r else "-" for r in ratios]
+        lines.append(f"| {row.name} | " + " | ".join(cells) + f" | {words[0]} | {row.target or ''} | {words[1]} |")
+    return "\n".join(lines)
+
+
+def load_table(results: dict[str, Any]) -> str:
+    """Markdown: time to first token and between tokens, p50 / p99 in milliseconds; empty without ``--load``."""
+    lines = []
+    for row in _measured_rows(results):
+        for backend, entry in results["backends"].items():
+            if measured := entry["rows"].get(row.name, {}).get("load"):
+                cells = [f"{measured[k]['p50_ms']:.1f} / {measured[k]['p99_ms']:.1f}" for k in ("ttft", "itl")]
+                rate = f"{measured['tokens_per_second']:,.0f}"
+                lines.append(f"| {row.name} | {rate} | {backend} | " + " | ".join(cells) + " |")
+    heads = ["| row | tokens/s asked for | backend | TTFT p50 / p99, ms | ITL p50 / p99, ms |", "|---|---|---|---|---|"]
+    return "\n".join([*heads, *lines]) if lines else ""
+
+
+def chart(results: dict[str, Any], path: Path) -> None:
+    """Throughput relative to FA3, one group of bars per row. Raises ImportError without matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in _measured_rows(results) if figure(results, "fa3", row)]
+    backends = [b for b in results["backends"] if any(figure(results, b, row) for row in rows)]
+    picture, axes = pyplot.subplots(figsize=(1.5 + 1.5 * len(rows), 4.2), layout="constrained")
+    width = 0.8 / max(1, len(backends))
+    for i, backend in enumerate(backends):
+        heights = [ratio(results, row, backend, "fa3") or 0.0 for row in rows]
+        bars = axes.bar([x + i * width for x in range(len(rows))], heights, width, label=backend)
+        axes.bar_label(bars, [f"{h:.2f}" if h else "" for h in heights], fontsize=8)
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    labels = [row.name.replace(":", "\n", 1) for row in rows]
+    axes.set_xticks([x + 0.4 - width / 2 for x in range(len(rows))], labels, fontsize=8)
+    axes.set_ylabel("output tokens per second, FA3 = 1")
+    axes.set_title(f"Steady decode, Llama-3.1-8B shape, bf16, {results['machine']['gpu'] or 'no GPU'}")
+    axes.margins(y=0.2)
+    axes.legend(ncols=len(backends))
+    picture.savefig(path, dpi=120)
+
+
+def machine() -> dict[str, str | None]:
+    """Where and with what the figures were made."""
+
+    def output(command: list[str]) -> str | None:
+        try:
+            return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return None
+
+    def version(package: str) -> str | None:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return None
+
+    gpu = output(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"])
+    versions = {name: version(name) for name in ("sglang", "torch", "flashinfer-python")}
+    return {"gpu": gpu, "revision": output(["git", "rev-parse", "HEAD"]), **versions}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backends", nargs="+", default=["fa3", "ours", "flashinfer"],
+                        help=f"of {', '.join(BACKENDS)}, or a name of SGLang's; in this order")  # fmt: skip
+    parser.add_argument("--rows", nargs="+", type=parse_row, default=list(ROWS), help="default: the table's")
+    parser.add_argument("--defaults", action="store_true", help="SGLang's own defaults: all graphs, all features")
+    parser.add_argument("--load", type=float, default=0.0, metavar="SECONDS", help="also TTFT and ITL under load")
+    parser.add_argument("--model-path", help="a model instead of dummy weights")
+    parser.add_argument("--server-args", default="", help="more arguments for every server, in one string")
+    parser.add_argument("--out", default=str(ROOT / "scripts" / "results"), help="folder of JSON, chart and logs")
+    parser.add_argument("--keep", action="store_true", help="add to the results in --out")
+    parser.add_argument("--report", metavar="JSON", help="table and chart of an earlier run; nothing is started")
+    args = parser.parse_args()
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    path = Path(args.report) if args.report else out / f"serve{'_defaults' if args.defaults else ''}.json"
+    earlier = args.report or (args.keep and path.exists())
+    results = json.loads(path.read_text()) if earlier else {"machine": machine(), "backends": {}}
+    results["targets"] = {row.name: asdict(row) for row in ROWS}
+
+    def save() -> None:
+        path.write_text(json.dumps(results, indent=1))
+
+    if not args.report:
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "config.json").write_text(json.dumps(LLAMA_8B))
+            for backend in args.backends:
+                bench_backend(backend, args, args.model_path or folder, results, save)
+    print("\n" + table(results))
+    if text := load_table(results):
+        print("\n" + text)
+    try:
+        chart(results, path.with_suffix(".png"))
+    except ImportError:
+        print("chart: want matplotlib, got none; pip install matplotlib", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""What bench_serve.py makes of a server's log and of its measurements; no server is started."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+
+import needs
+import pytest
+
+needs.sglang()  # aiohttp comes with it
+
+import bench_serve
+import serving
+
+LOG = """\
+[t] Decode batch, #running-req: 8, #token: 80, token usage: 0.11, cuda graph: True, gen throughput (token/s): 1.50, x
+[t] Decode batch, #running-req: 7, #token: 80, token usage: 0.11, cuda graph: True, gen throughput (token/s): 2.50, x
+[t] flashcore_sparse: decode step 20 by WGMMA
+[t] Decode batch, #running-req: 8, #token: 80, token usage: 0.11, cuda graph: True, gen throughput (token/s): 3.50, x
+[t] Decode batch, #running-req: 8, #token: 80, token usage: 0.11, cuda graph: True, gen throughput (token/s): 4.50, x
+"""
+
+
+def results(**rates: float) -> dict:
+    row = bench_serve.ROWS[0].name
+    entry = {"seconds": 1.0, "whole": 1.0}
+    return {
+        "machine": {"gpu": "a GPU"},
+        "backends": {name: {"rows": {row: {**entry, "steady": rate}}} for name, rate in rates.items()},
+    }
+
+
+def test_decode_rates_leave_out_other_batches_and_the_first_line(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("Decode batch, #running-req: 8, gen throughput (token/s): 9.00\n" + LOG)
+    server = serving.Server("", log, subprocess.Popen(["true"]))
+    assert server.decode_rates(log.read_text().index("[t]"), 8) == [3.5, 4.5]
+
+
+def test_every_row_has_a_name_that_is_read_back():
+    for row in bench_serve.ROWS:
+        assert bench_serve.parse_row(row.name) == row
+    assert bench_serve.parse_row("2x3:40+5:6") == bench_serve.Row(2, 3, 40, 5, 6)
+
+
+def test_row_of_another_form_is_refused():
+    with pytest.raises(argparse.ArgumentTypeError, match="want groups x requests : shared"):
+        bench_serve.parse_row("2x3")
+
+
+def test_prompts_share_their_groups_prefix_and_nothing_more():
+    row = bench_serve.Row(2, 3, 40, 5, 6)
+    prompts = row.prompts()
+    assert [len(p) for p in prompts] == [45] * 6
+    assert prompts == row.prompts()
+    assert {tuple(p[:40]) for p in prompts[:3]} == {tuple(row.prefixes()[0])}
+    assert len({tuple(p[40:]) for p in prompts}) == 6
+
+
+def test_table_says_ratio_and_target():
+    text = bench_serve.table(results(fa3=100.0, ours=360.0, flashinfer=120.0))
+    assert "| 100 (1.0 s) | 360 (1.0 s) | 120 (1.0 s) | 3.60 | 3.5 | 3.00 |" in text
+
+
+def test_percentiles_are_in_milliseconds():
+    assert bench_serve.percentiles([i / 1000 for i in range(101)]) == {"p50_ms": 50.0, "p99_ms": 99.0}
+
+
+def test_chart_is_written(tmp_path):
+    pytest.importorskip("matplotlib")
+    bench_serve.chart(results(fa3=100.0, ours=360.0), tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").stat().st_size > 1000
