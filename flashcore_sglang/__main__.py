@@ -1,8 +1,8 @@
-"""``python -m flashcore_sglang``: can this machine serve, and what is missing (see doctor.py)."""
+"""``python -m flashcore_sglang``: see cli.py."""
 
 import sys
 
-from flashcore_sglang.doctor import main
+from flashcore_sglang.cli import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from typing import Any
@@ -17,14 +18,26 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.version import __version__ as sglang_version
 
 from flashcore_sglang import env, ops
+from flashcore_sglang.config import cost_model
 from flashcore_sglang.device_pager import MAX_ROWS
 from flashcore_sglang.gpu_decode import GpuDecode
 from flashcore_sglang.layout import CsrLayout, CsrPager, describe_status
+from flashcore_sglang.metrics import SampleMetrics, metric_labels
 from flashcore_sglang.plugin import NAME, triton_runs
+from flashcore_sglang.recording import Recorder
 from flashcore_sglang.requirements import LayerFacts, ServingFacts, refusals, version_warning
-from flashcore_sglang.statistics import DecodeStatistics, GpuStatistics, ViolationLog
+from flashcore_sglang.statistics import (
+    Consumer,
+    CpuSampler,
+    GpuSampler,
+    SampleLog,
+    ViolationLog,
+    no_sharing_reason,
+)
 
 logger = logging.getLogger("flashcore_sglang")
+SAMPLE_STEPS = 100
+"""Decode steps from one sample to the next where the log wants none and the metrics do."""
 
 
 def facts_of(model_runner: Any) -> ServingFacts:
@@ -46,6 +59,7 @@ def facts_of(model_runner: Any) -> ServingFacts:
         is_hybrid_swa=bool(model_runner.is_hybrid_swa),
         speculative_algorithm=args.speculative_algorithm,
         deterministic=bool(args.enable_deterministic_inference),
+        serves_prefill=serves_prefill(model_runner),
         context_parallel=max(getattr(args, "dcp_size", 1) or 1, getattr(args, "attn_cp_size", 1) or 1),
         torch_compile=bool(getattr(args, "enable_torch_compile", False)),
         triton_runs=triton_runs(),
@@ -69,6 +83,13 @@ def facts_of(model_runner: Any) -> ServingFacts:
     )
 
 
+def serves_prefill(model_runner: Any) -> bool:
+    """Whether new tokens come to this backend, too; True where that is not known."""
+    args = model_runner.server_args
+    names = (getattr(args, "prefill_attention_backend", None), getattr(args, "attention_backend", None))
+    return next((name for name in names if name), NAME) == NAME
+
+
 class FlashCoreSparseBackend(AttentionBackend):
     """``--attention-backend flashcore_sparse``, and ``--decode-attention-backend`` beside another prefill backend.
 
@@ -90,7 +111,6 @@ class FlashCoreSparseBackend(AttentionBackend):
             raise ValueError(f"{NAME} cannot serve this configuration:\n" + "\n".join(f"  - {r}" for r in reasons))
         if warning := version_warning(facts.sglang_version):
             logger.warning(warning)
-        sharing = env.sharing()
         self.device = model_runner.device
         self.req_to_token_pool = model_runner.req_to_token_pool
         self.token_to_kv_pool = model_runner.token_to_kv_pool
@@ -98,24 +118,32 @@ class FlashCoreSparseBackend(AttentionBackend):
         self.page_size = facts.page_size
         self.num_pages = (self.token_to_kv_pool.size + self.page_size) // self.page_size  # page 0 is SGLang's padding
         self.forward_metadata: ops.AttentionPlan | GpuDecode | None = None
-        self._gpu = self._make_gpu_decode(facts, sharing) if facts.device == "cuda" else None
-        self._pager = CsrPager(self.page_size, num_pages=self.num_pages, sharing=sharing)
-        self._statistics = DecodeStatistics(logger, env.log_interval())
+        self._sharing = env.sharing() and not facts.deterministic
+        self._gpu = self._make_gpu_decode(facts) if facts.device == "cuda" else None
+        if not self._gpu or facts.serves_prefill:
+            _ = self._pager  # compiled now rather than in a request
+        reason = no_sharing_reason(
+            sharing=env.sharing(),
+            deterministic=facts.deterministic,
+            radix_cache=not getattr(model_runner.server_args, "disable_radix_cache", False),
+        )
+        self._recorder = self._make_recorder(facts)
+        interval, consumers = self._make_consumers(model_runner, reason)
+        self._statistics = CpuSampler(interval, consumers)
+        self._gpu_statistics = GpuSampler(interval, consumers, self._gpu) if self._gpu else None
         self._violations = ViolationLog(logger)
-        if self._gpu:
-            sizes = self._gpu.pager.layout(1).sizes
-            self._gpu_statistics = GpuStatistics(logger, env.log_interval(), sizes, self.page_size)
         logger.warning(
-            "%s serves on %s with %s: page size %d, %d pages, KV %s, prefix sharing %s",
+            "%s serves on %s with %s: page size %d, %d pages, KV %s, %s",
             NAME,
             self.device,
-            f"WGMMA decode ({self._gpu.mebibytes:.0f} MiB of buffers) and PyTorch extend over CSR segments"
+            f"WGMMA decode ({self._gpu.mebibytes:.0f} MiB of buffers)"
+            + (" and PyTorch extend over CSR segments" if facts.serves_prefill else "")
             if self._gpu
             else "PyTorch attention over CSR segments",
             self.page_size,
             self.num_pages,
             facts.kv_cache_dtype,
-            "on" if sharing else "off (FLASHCORE_SHARING=0)",
+            f"nothing is shared ({reason})" if reason else "prefix sharing on",
         )
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
@@ -127,7 +155,7 @@ class FlashCoreSparseBackend(AttentionBackend):
         if in_capture and not decode:
             raise ValueError(f"{NAME}: want CUDA graphs of decode only, got {forward_batch.forward_mode.name}")
         if self._gpu and decode and forward_batch.batch_size <= self._gpu.max_rows:
-            self._snapshot(self._gpu, forward_batch)
+            self._snapshot(self._gpu, forward_batch, in_capture)
             return
         if in_capture:
             most = f"at most {self._gpu.max_rows} requests" if self._gpu else "none on a CPU"
@@ -141,7 +169,8 @@ class FlashCoreSparseBackend(AttentionBackend):
             seq_lens = _readable_lens(layout, seq_lens)
         self.forward_metadata = ops.plan(layout, seq_lens, q_lens)
         if decode:
-            self._statistics.count(layout, time.perf_counter() - start)
+            sampled = self._statistics.count(layout, time.perf_counter() - start)
+            self._record(forward_batch, sampled)
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
         """On a GPU: the layout and the work list of a decode step, from the snapshot alone."""
@@ -203,7 +232,12 @@ class FlashCoreSparseBackend(AttentionBackend):
             ops.attend(q[:tokens], k_cache, v_cache, plan, out=out[:tokens], **options)
         return out.view(padded, -1)
 
-    def _make_gpu_decode(self, facts: ServingFacts, sharing: bool) -> GpuDecode:
+    @functools.cached_property
+    def _pager(self) -> CsrPager:
+        """The CPU's pager: all that the GPU's does not take."""
+        return CsrPager(self.page_size, num_pages=self.num_pages, sharing=self._sharing)
+
+    def _make_gpu_decode(self, facts: ServingFacts) -> GpuDecode:
         layer = facts.layers[0]
         table = self.req_to_token_pool.req_to_token
         return GpuDecode(
@@ -214,15 +248,49 @@ class FlashCoreSparseBackend(AttentionBackend):
             heads=layer.num_q_heads,
             kv_heads=layer.num_kv_heads,
             head_dim=layer.head_dim,
-            sharing=sharing,
+            sharing=self._sharing,
+            deterministic=facts.deterministic,
             device=self.device,
         )
 
-    def _snapshot(self, gpu: GpuDecode, forward_batch: Any) -> None:
+    def _make_consumers(self, model_runner: Any, reason: str | None) -> tuple[int, list[Consumer]]:
+        """Decode steps from one sample to the next (0: none are taken), and who gets them."""
+        consumers: list[Consumer] = []
+        if env.log_interval():
+            cost = cost_model("hopper" if self._gpu else "cpu")
+            consumers.append(SampleLog(logger, cost, reason))
+        if labels := metric_labels(model_runner):
+            consumers.append(SampleMetrics(labels))
+        interval = env.log_interval() or (SAMPLE_STEPS if consumers or self._recorder else 0)
+        return interval, consumers
+
+    def _make_recorder(self, facts: ServingFacts) -> Recorder | None:
+        path = env.record()
+        if not path:
+            return None
+        itemsize = torch.finfo(getattr(torch, facts.kv_cache_dtype)).bits // 8
+        return Recorder(
+            path,
+            page_size=self.page_size,
+            num_pages=self.num_pages,
+            token_bytes=sum(x.num_kv_heads * (x.head_dim + x.v_head_dim) * itemsize for x in facts.layers),
+            device="hopper" if self._gpu else "cpu",
+        )
+
+    def _record(self, forward_batch: Any, sampled: bool) -> None:
+        if sampled and self._recorder:
+            table = self.req_to_token_pool.req_to_token
+            self._recorder.offer(table, forward_batch.req_pool_indices, forward_batch.seq_lens)
+
+    def _snapshot(self, gpu: GpuDecode, forward_batch: Any, in_capture: bool) -> None:
         if status := gpu.pager.violation():
             self._report(status)
-        self._gpu_statistics.before_step(forward_batch.seq_lens)
+        assert self._gpu_statistics is not None
+        sampled = not in_capture and self._gpu_statistics.before_snapshot()
         gpu.snapshot(self.req_to_token_pool.req_to_token, forward_batch.req_pool_indices, forward_batch.seq_lens)
+        if sampled:
+            self._gpu_statistics.after_snapshot(forward_batch.batch_size)
+        self._record(forward_batch, sampled)
         self.forward_metadata = gpu
 
     def _page(self, req_pool_indices: torch.Tensor, seq_lens: torch.Tensor) -> CsrLayout:

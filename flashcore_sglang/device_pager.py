@@ -225,6 +225,16 @@ class DevicePager:
             staged_pages=array("staged_pages") if staged else None,
         )
 
+    @property
+    def sizes(self) -> torch.Tensor:
+        """[8] int32, as ``DeviceLayout.sizes``; written by ``build``."""
+        return self._array("sizes")
+
+    def pages_wanted(self, num_rows: int) -> torch.Tensor:
+        """[1] int64: pages of the last snapshot's ``num_rows`` rows, if each reads its own. Launches on the GPU."""
+        ends = self._array("row_end")[:num_rows]
+        return ((ends + (self.page_size - 1)) // self.page_size).sum(dim=0, keepdim=True)
+
     def violation(self) -> tuple[int, int, int, int] | None:
         """A bound that an earlier step violated, as ``CsrLayout.status``; None if there was none since the last call.
 

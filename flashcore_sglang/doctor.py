@@ -1,22 +1,16 @@
 """What this machine can serve with, and what is missing.
 
-    python -m flashcore_sglang                      report; exit code 0 if it can serve, 1 if not
-    python -m flashcore_sglang build [cpu] [cuda]   compile the libraries ahead of serving
-
 Neither torch nor SGLang is imported, so the report also comes where they are missing or broken.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import os
 import platform
 import re
 import subprocess
-import sys
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -88,6 +82,7 @@ def problems(machine: Machine) -> list[str]:
 def refused() -> list[str]:
     """What the backend refuses at start on any machine: its own messages, for one example each."""
     served = ServingFacts(sglang_version=SGLANG_MAX, layers=(LayerFacts(0, 8, 2),))
+    gpu = {"device": "cuda", "capability": "9.0", "model_dtype": "bfloat16", "kv_cache_dtype": "bfloat16"}
     examples: tuple[dict[str, Any], ...] = (
         {"is_mla": True},
         {"is_encoder_decoder": True},
@@ -95,7 +90,7 @@ def refused() -> list[str]:
         {"page_size": 48},
         {"kv_cache_dtype": "fp8_e4m3"},
         {"speculative_algorithm": "EAGLE"},
-        {"deterministic": True},
+        {**gpu, "deterministic": True},
     )
     return [reason for example in examples for reason in refusals(replace(served, **example))]
 
@@ -158,7 +153,8 @@ def _device_problems(machine: Machine) -> list[str]:
 
 def _variable_problems() -> list[str]:
     out = []
-    for read in (env.sharing, env.log_interval):
+    readers: tuple[Callable[[], object], ...] = (env.sharing, env.log_interval, env.record)
+    for read in readers:
         try:
             read()
         except ValueError as error:
@@ -235,9 +231,9 @@ def inspect() -> Machine:
     """Look at this machine. Imports neither torch nor SGLang; takes about 0.2 s."""
     return Machine(
         python=platform.python_version(),
-        versions={package: _installed(package) for package in PACKAGES},
-        torch_cuda=_torch_cuda(),
-        gpu=_gpu(),
+        versions={package: installed(package) for package in PACKAGES},
+        torch_cuda=torch_cuda_version(),
+        gpu=first_gpu(),
         entry_point=next((e.value for e in metadata.entry_points(group=ENTRY_POINT_GROUP, name=ENTRY_POINT)), None),
         tools={"g++": _tool("cxx"), "nvcc": _tool("nvcc"), "CUTLASS": _cutlass()},
         libraries=tuple(_library(kind) for kind in ("cpu", "cuda")),
@@ -246,14 +242,14 @@ def inspect() -> Machine:
     )
 
 
-def _installed(package: str) -> str | None:
+def installed(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 
 
-def _torch_cuda() -> str | None:
+def torch_cuda_version() -> str | None:
     """The CUDA version in torch/version.py, read as text: importing torch takes seconds and may fail."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
@@ -266,7 +262,7 @@ def _torch_cuda() -> str | None:
     return found[1] if found else None
 
 
-def _gpu() -> Gpu | None:
+def first_gpu() -> Gpu | None:
     """The first GPU, as nvidia-smi tells it."""
     query = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
     try:
@@ -313,43 +309,3 @@ def _library(kind: str) -> Library:
     except (ImportError, RuntimeError) as error:
         return Library(kind, None, str(error).splitlines()[0])
     return Library(kind, None)
-
-
-def build_libraries(kinds: list[str]) -> int:
-    """Compile, saying what and how long; 1 if one fails."""
-    from flashcore_sglang import build
-
-    if not kinds:
-        gpu = _gpu()
-        kinds = ["cpu", "cuda"] if gpu and gpu.is_hopper and _torch_cuda() else ["cpu"]
-    started = float(os.environ.get("FLASHCORE_STARTED") or time.time())  # of the script that runs this
-
-    def say(words: str) -> None:
-        print(f"[{time.time() - started:4.0f} s] {words}", file=sys.stderr, flush=True)
-
-    for kind in kinds:
-        say(f"{kind} library: compiling, unless it is there")
-        try:
-            say(f"{kind} library: {build.build(kind)}")
-        except (RuntimeError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-    return 0
-
-
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m flashcore_sglang", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command")
-    builder = commands.add_parser("build", help="compile the libraries ahead of serving")
-    builder.add_argument("kinds", nargs="*", metavar="cpu|cuda", help="default: what this machine serves on")
-    args = parser.parse_args(argv)
-    if args.command == "build":
-        unknown = set(args.kinds) - {"cpu", "cuda"}
-        if unknown:
-            builder.error(f"kind: want cpu or cuda, got {', '.join(sorted(unknown))}")
-        return build_libraries(args.kinds)
-    machine = inspect()
-    print(f"flashcore-sglang {_installed('flashcore-sglang') or '(not installed)'}\n\n{render(machine)}")
-    return 1 if problems(machine) else 0

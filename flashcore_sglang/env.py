@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 
 def sharing() -> bool:
@@ -19,3 +20,11 @@ def log_interval() -> int:
     if not value.isdecimal():
         raise ValueError(f"FLASHCORE_LOG_INTERVAL: want an integer >= 0, got {value!r}")
     return int(value)
+
+
+def record() -> Path | None:
+    """FLASHCORE_RECORD: file that keeps the sampled decode batch with the most KV tokens; none by default."""
+    value = os.environ.get("FLASHCORE_RECORD", "")
+    if value and not Path(value).absolute().parent.is_dir():
+        raise ValueError(f"FLASHCORE_RECORD: want a file in a folder that exists, got {value!r}")
+    return Path(value).absolute() if value else None

@@ -27,6 +27,7 @@ class GpuDecode:
         max_tokens: the longest request.
         heads, kv_heads, head_dim: of the model's attention on this GPU.
         sharing:    False: every request reads its own pages.
+        deterministic: a request's result does not depend on the batch: no sharing, and its tokens are not split.
         device:     a Hopper GPU.
 
     Raises ValueError for sizes that are not served, RuntimeError if the library cannot be compiled.
@@ -43,6 +44,7 @@ class GpuDecode:
         kv_heads: int,
         head_dim: int,
         sharing: bool = True,
+        deterministic: bool = False,
         device: torch.device | str = "cuda",
     ) -> None:
         if not 1 <= max_rows <= MAX_ROWS:
@@ -50,14 +52,15 @@ class GpuDecode:
         self.page_size, self.max_rows = page_size, max_rows
         self._heads, self._kv_heads, self._head_dim = heads, kv_heads, head_dim
         self._library = build.library("cuda")
-        self._partials = partial_capacity(max_rows)
+        # A request that is read in one piece needs no slot; the schedule splits none where there is no room to.
+        self._partials = 1 if deterministic else partial_capacity(max_rows)
         self.pager = DevicePager(
             page_size,
             max_rows=max_rows,
             max_tokens=max_tokens,
             num_pages=num_pages,
-            sharing=sharing,
-            max_entries=self._partials,
+            sharing=sharing and not deterministic,
+            max_entries=max(self._partials, max_rows),
             device=device,
         )
         self._layout = self.pager.layout(max_rows)

@@ -48,6 +48,7 @@ class ServingFacts:
     is_hybrid_swa: bool = False
     speculative_algorithm: str | None = None
     deterministic: bool = False
+    serves_prefill: bool = True
     context_parallel: int = 1
     torch_compile: bool = False
     triton_runs: bool = True
@@ -200,9 +201,15 @@ def _option_refusals(facts: ServingFacts) -> list[str | None]:
             else None
         ),
         (
-            "deterministic inference: want another backend, as shared segments and the split of the work change the "
-            "order of sums with the batch; serve with --attention-backend fa3"
-            if facts.deterministic
+            "deterministic inference: want another backend for prefill, as sums here depend on the batch; start with "
+            "--attention-backend fa3 --decode-attention-backend flashcore_sparse"
+            if facts.deterministic and facts.device == "cuda" and facts.serves_prefill
+            else None
+        ),
+        (
+            "deterministic inference: want a GPU, as the order of the sums on a CPU depends on the batch, got "
+            f"{facts.device}; leave out --enable-deterministic-inference"
+            if facts.deterministic and facts.device != "cuda"
             else None
         ),
         (

@@ -1,94 +1,188 @@
-"""What the log says of a running server: how much was shared, and what was wrong with its tables."""
+"""What the log says of a running server: how much was shared, why nothing is, and what was wrong with its tables."""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
+from flashcore_sglang.config import CostModel
+from flashcore_sglang.gpu_decode import GpuDecode
 from flashcore_sglang.layout import CsrLayout
 
 VIOLATION_SECONDS = 10.0
 """The least time between two reports of a violated bound."""
+UNSHARED_SAMPLES = 3
+"""Samples in a row with nothing shared after which the log says so, once."""
 
 
-class DecodeStatistics:
-    """Counts decode steps on the CPU and logs a line every ``interval`` of them; 0 is never."""
+@dataclass(frozen=True)
+class Sample:
+    """One decode step out of ``steps``.
 
-    def __init__(self, logger: logging.Logger, interval: int) -> None:
-        self._logger, self._interval = logger, interval
-        self._reset()
+    Attributes:
+        path:          what computed it: "WGMMA" or "PyTorch".
+        steps:         decode steps since the sample before, this one included.
+        requests:      of the batch, padded rows included.
+        segments:      of its layout.
+        tokens_wanted: KV tokens that attention reads where every request reads its own; whole pages on a GPU.
+        tokens_read:   KV tokens that attention read, in the same unit.
+        pager_us:      snapshot, pager and work list: device time on a GPU, host time on a CPU.
+    """
 
-    def _reset(self) -> None:
-        self._steps = self._appended = self._tokens_wanted = self._tokens_read = 0
-        self._pager_seconds, self._since = 0.0, time.monotonic()
+    path: str
+    steps: int
+    requests: int
+    segments: int
+    tokens_wanted: int
+    tokens_read: int
+    pager_us: float
 
-    def count(self, layout: CsrLayout, pager_seconds: float) -> None:
-        """One decode step. ``pager_seconds``: host time of the snapshot, the pager and the plan."""
-        if not self._interval:
-            return
+    @property
+    def sharing_ratio(self) -> float:
+        return self.tokens_wanted / max(1, self.tokens_read)
+
+
+Consumer = Callable[[Sample], None]
+
+
+class CpuSampler:
+    """Every ``interval``-th decode step on a CPU; 0 is none."""
+
+    def __init__(self, interval: int, consumers: list[Consumer]) -> None:
+        self._interval, self._consumers, self._steps = interval, consumers, 0
+
+    def count(self, layout: CsrLayout, pager_seconds: float) -> bool:
+        """One decode step, whose pager and plan took ``pager_seconds``; returns whether it is sampled."""
         self._steps += 1
-        self._appended += layout.appended
-        self._tokens_wanted += layout.tokens_wanted
-        self._tokens_read += layout.tokens_stored
-        self._pager_seconds += pager_seconds
-        if self._steps < self._interval:
-            return
-        self._logger.info(
-            "flashcore_sparse: %d decode steps in %.1f s by PyTorch, last of %d requests in %d segments; KV tokens "
-            "read %d of %d (%.2fx shared); pager %.2f ms per step, %d appended",
-            self._steps,
-            time.monotonic() - self._since,
+        if not self._interval or self._steps % self._interval:
+            return False
+        sample = Sample(
+            "PyTorch",
+            self._interval,
             layout.num_rows,
             layout.num_segments,
-            self._tokens_read,
-            self._tokens_wanted,
-            self._tokens_wanted / max(1, self._tokens_read),
-            1e3 * self._pager_seconds / self._steps,
-            self._appended,
+            layout.tokens_wanted,
+            layout.tokens_stored,
+            1e6 * pager_seconds,
         )
-        self._reset()
+        for consume in self._consumers:
+            consume(sample)
+        return True
 
 
-class GpuStatistics:
-    """Logs the layout of every ``interval``-th decode step on a GPU, a step late and without waiting for it."""
+class GpuSampler:
+    """Every ``interval``-th decode step on a GPU, or a later one while a sample is on its way; 0 is none.
 
-    def __init__(self, logger: logging.Logger, interval: int, sizes: torch.Tensor, page_size: int) -> None:
-        self._logger, self._interval, self._page_size = logger, interval, page_size
-        self._sizes = sizes
-        self._wanted = torch.zeros(1, dtype=torch.int64, device=sizes.device)
-        self._host_sizes = torch.zeros(8, dtype=torch.int32, pin_memory=True)
-        self._host_wanted = torch.zeros(1, dtype=torch.int64, pin_memory=True)
-        self._copied = torch.cuda.Event()
-        self._steps = self._rows = 0
+    A sampled step plans twice: once here, between two events, and once in its graph, with the same result. The layout's
+    sizes are copied to pinned memory and read in a later step, when the copy is found finished: the host never waits.
+    """
 
-    def before_step(self, seq_lens: torch.Tensor) -> None:
-        """Called before the snapshot of each step: the layout in memory is that of the step before."""
+    def __init__(self, interval: int, consumers: list[Consumer], decode: GpuDecode) -> None:
+        self._interval, self._consumers, self._decode = interval, consumers, decode
+        self._steps = self._sampled = 0
+        self._pending: tuple[int, int] | None = None  # steps, requests
+        if interval:
+            self._start, self._planned, self._copied = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+            self._sizes = torch.zeros(2, dtype=torch.int32, pin_memory=True)
+            self._pages_wanted = torch.zeros(1, dtype=torch.int64, pin_memory=True)
+
+    def before_snapshot(self) -> bool:
+        """Starts a step. Returns whether to sample it: then ``after_snapshot`` follows."""
         if not self._interval:
-            return
+            return False
         self._steps += 1
-        phase = self._steps % self._interval
-        if phase == self._interval - 1:
-            self._rows = seq_lens.numel()
-            torch.sum(seq_lens, dim=0, keepdim=True, out=self._wanted)
-        elif phase == 0 and self._rows:
-            self._host_sizes.copy_(self._sizes, non_blocking=True)
-            self._host_wanted.copy_(self._wanted, non_blocking=True)
-            self._copied.record()
-        elif phase == min(4, self._interval - 2) and self._rows and self._copied.query():
-            segments, pages = self._host_sizes[:2].tolist()
-            wanted, read = int(self._host_wanted), pages * self._page_size
-            self._logger.info(
-                "flashcore_sparse: decode step %d by WGMMA, %d requests in %d segments; KV tokens read %d of %d "
-                "(%.2fx shared)",
-                self._steps - phase,
-                self._rows,
-                segments,
-                read,
-                wanted,
-                wanted / max(1, read),
-            )
+        if self._pending and self._copied.query():
+            self._publish(*self._pending)
+            self._pending = None
+        due = self._steps - self._sampled >= self._interval and not self._pending
+        if due:
+            self._start.record()
+        return due
+
+    def after_snapshot(self, requests: int) -> None:
+        decode = self._decode
+        decode.plan()
+        self._planned.record()
+        self._sizes.copy_(decode.pager.sizes[:2], non_blocking=True)
+        self._pages_wanted.copy_(decode.pager.pages_wanted(requests), non_blocking=True)
+        self._copied.record()
+        self._pending = (self._steps - self._sampled, requests)
+        self._sampled = self._steps
+
+    def _publish(self, steps: int, requests: int) -> None:
+        segments, pages_read = self._sizes.tolist()
+        page_size = self._decode.page_size
+        sample = Sample(
+            "WGMMA",
+            steps,
+            requests,
+            segments,
+            int(self._pages_wanted) * page_size,
+            pages_read * page_size,
+            1e3 * self._start.elapsed_time(self._planned),
+        )
+        for consume in self._consumers:
+            consume(sample)
+
+
+class SampleLog:
+    """A line in the log for each sample, and once the reason why nothing is shared.
+
+    Args:
+        cost: the pager's; says how long a prefix must be.
+        reason: why this server cannot share, or None: then it depends on the requests.
+    """
+
+    def __init__(self, logger: logging.Logger, cost: CostModel, reason: str | None) -> None:
+        self._logger, self._cost, self._reason = logger, cost, reason
+        self._since = time.monotonic()
+        self._unshared = 0
+
+    def __call__(self, sample: Sample) -> None:
+        now = time.monotonic()
+        self._logger.info(
+            "flashcore_sparse: %d decode steps in %.1f s by %s; the last: %d requests in %d segments, KV tokens read "
+            "%d of %d (%.2fx shared), pager %.0f us",
+            sample.steps,
+            now - self._since,
+            sample.path,
+            sample.requests,
+            sample.segments,
+            sample.tokens_read,
+            sample.tokens_wanted,
+            sample.sharing_ratio,
+            sample.pager_us,
+        )
+        self._since = now
+        if sample.requests > 1 and self._unshared < UNSHARED_SAMPLES and not self._reason:
+            self._unshared = 0 if sample.sharing_ratio > 1 else self._unshared + 1
+            if self._unshared == UNSHARED_SAMPLES:
+                self._logger.info(
+                    "flashcore_sparse: nothing is shared by these requests: no two of them have the same KV pages for "
+                    "their first %d tokens, which is the least that pays",
+                    least_prefix(self._cost, 2),
+                )
+
+
+def least_prefix(cost: CostModel, rows: int) -> int:
+    """Tokens that ``rows`` requests must have in common for the pager to share them."""
+    saved = max(1, (rows - 1) * cost.token_cost)
+    return max(1, -(-(cost.segment_cost + rows * cost.partial_cost) // saved))
+
+
+def no_sharing_reason(*, sharing: bool, deterministic: bool, radix_cache: bool) -> str | None:
+    """Why this server never shares, with the remedy; None if it does."""
+    if not sharing:
+        return "FLASHCORE_SHARING=0; unset it"
+    if deterministic:
+        return "--enable-deterministic-inference asks for sums whose order does not depend on the batch; leave it out"
+    if not radix_cache:
+        return "--disable-radix-cache gives every request its own pages; leave it out"
+    return None
 
 
 class ViolationLog:

@@ -15,6 +15,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from flashcore_sglang import reference
 from flashcore_sglang.backend import FlashCoreSparseBackend
+from flashcore_sglang.recording import Recording
 
 pytestmark = pytest.mark.contract
 
@@ -115,7 +116,7 @@ def test_capture_is_refused_on_a_cpu(scheduler):
 def test_sharing_is_switched_off_by_the_environment(scheduler, monkeypatch, caplog):
     monkeypatch.setenv("FLASHCORE_SHARING", "0")
     backend = FlashCoreSparseBackend(scheduler.runner)
-    assert "prefix sharing off (FLASHCORE_SHARING=0)" in caplog.text
+    assert "nothing is shared (FLASHCORE_SHARING=0; unset it)" in caplog.text
     rows = [scheduler.add([*range(300), i])[0] for i in range(4)]
     for row in rows:
         scheduler.publish(row)
@@ -139,7 +140,38 @@ def test_log_counts_what_was_read(scheduler, monkeypatch, caplog):
     for _ in range(2):
         backend.init_forward_metadata(scheduler.batch(rows))
     assert "2 decode steps" in caplog.text
-    assert "last of 4 requests in 5 segments; KV tokens read 608 of 2408 (3.96x shared)" in caplog.text
+    assert "the last: 4 requests in 5 segments, KV tokens read 304 of 1204 (3.96x shared), pager" in caplog.text
+
+
+def test_log_says_once_that_the_requests_share_nothing(scheduler, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setenv("FLASHCORE_LOG_INTERVAL", "1")
+    backend = FlashCoreSparseBackend(scheduler.runner)
+    rows = [scheduler.add([i] * 20)[0] for i in range(2)]
+    for _ in range(8):
+        backend.init_forward_metadata(scheduler.batch(rows))
+    assert caplog.text.count("nothing is shared by these requests") == 1
+
+
+@pytest.mark.parametrize(("argument", "value"), [("disable_radix_cache", True)])
+def test_start_says_why_nothing_can_be_shared(scheduler, caplog, argument, value):
+    setattr(scheduler.runner.server_args, argument, value)
+    FlashCoreSparseBackend(scheduler.runner)
+    assert "nothing is shared (--disable-radix-cache" in caplog.text
+
+
+def test_recorded_batch_gives_the_segments_that_served_it(scheduler, monkeypatch, tmp_path):
+    monkeypatch.setenv("FLASHCORE_LOG_INTERVAL", "1")
+    monkeypatch.setenv("FLASHCORE_RECORD", str(tmp_path / "batch.npz"))
+    backend = FlashCoreSparseBackend(scheduler.runner)
+    rows = [scheduler.add([*range(300), i])[0] for i in range(4)]
+    for row in rows:
+        scheduler.publish(row)
+    backend.init_forward_metadata(scheduler.batch(rows))
+    backend.init_forward_metadata(scheduler.batch(rows[:2]))  # smaller: the file keeps the larger one
+    recording = Recording.load(tmp_path / "batch.npz")
+    assert recording.token_bytes == 2 * KV_HEADS * DIM * 4
+    assert recording.layout().segment_positions.tolist() == [[0, 300], *[[300, 301]] * 4]
 
 
 def test_violations_are_reported_again_after_a_while(scheduler, monkeypatch, caplog):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import flashcore_sglang
-from flashcore_sglang import doctor
+from flashcore_sglang import cli, doctor
 from flashcore_sglang.doctor import Gpu, Library, Machine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,7 +116,7 @@ def test_refused_examples_are_all_refused():
 def test_report_comes_without_torch_and_sglang(tmp_path):
     """A bare interpreter: -S leaves out site-packages, so nothing of the environment can be imported."""
     program = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from flashcore_sglang.doctor import main; sys.exit(main([]))"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from flashcore_sglang.cli import main; sys.exit(main([]))"
     )
     environ = {"PATH": str(tmp_path), "HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-S", "-c", program], env=environ, capture_output=True, text=True)
@@ -126,22 +126,22 @@ def test_report_comes_without_torch_and_sglang(tmp_path):
 
 def test_exit_code_says_whether_it_can_serve(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "inspect", lambda: CPU)
-    assert doctor.main([]) == 0
+    assert cli.main([]) == 0
     monkeypatch.setattr(doctor, "inspect", lambda: replace(CPU, entry_point=None))
-    assert doctor.main([]) == 1
+    assert cli.main([]) == 1
     assert "cannot serve" in capsys.readouterr().out
 
 
 def test_build_refuses_an_unknown_kind(capsys):
     with pytest.raises(SystemExit):
-        doctor.main(["build", "rocm"])
+        cli.main(["build", "rocm"])
     assert "kind: want cpu or cuda, got rocm" in capsys.readouterr().err
 
 
 def test_build_reports_a_missing_compiler(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("FLASHCORE_CACHE_DIR", str(tmp_path))
-    assert doctor.main(["build", "cpu"]) == 1
+    assert cli.main(["build", "cpu"]) == 1
     assert "error: C++ compiler: want no-such-compiler on PATH, got none" in capsys.readouterr().err
 
 
@@ -162,8 +162,8 @@ def test_gpu_is_the_first_that_nvidia_smi_names(answer, gpu, monkeypatch, tmp_pa
     tool.write_text(f"#!/bin/sh\nprintf '{answer}'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    assert doctor._gpu() == gpu
+    assert doctor.first_gpu() == gpu
 
 
 def test_version_is_that_of_the_package():
-    assert doctor._installed("flashcore-sglang") == flashcore_sglang.__version__
+    assert doctor.installed("flashcore-sglang") == flashcore_sglang.__version__
