@@ -101,11 +101,10 @@ def running(arguments: list[str], log: Path, **env: str) -> Iterator[Server]:
         server.ready_seconds = time.monotonic() - start
         yield server
     finally:
-        for stop, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 30.0)):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, stop)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(patience)
+        # At once: told to end, SGLang first looks for crashes for 5 s.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(30)
 
 
 def _answers(url: str) -> bool:
@@ -135,6 +134,14 @@ class Answer:
     def gaps(self) -> list[float]:
         """Between one token and the next."""
         return [b - a for a, b in zip(self.arrivals, self.arrivals[1:], strict=False)]
+
+
+def drift(mine: Answer, other: Answer) -> list[float]:
+    """Differences of logprob, absolute, of the tokens up to where the two greedy answers part; the first token that
+    differs is left out, as those after it answer another text."""
+    equal = list(zip(mine.output_ids, other.output_ids, strict=False))
+    common = next((i for i, (a, b) in enumerate(equal) if a != b), len(equal))
+    return [abs(a - b) for a, b in zip(mine.logprobs[:common], other.logprobs[:common], strict=False)]
 
 
 def encode(input_ids: list[int], output_tokens: int, *, stream: bool = False, **options: Any) -> bytes:
