@@ -224,7 +224,8 @@ def bench_backend(name: str, args: argparse.Namespace, model: str, results: dict
         for row in args.rows:
             entry = mine["rows"][row.name] = measure(server, row)
             fa3 = (results["backends"].get("fa3") or mine)["rows"].get(row.name)
-            if args.load and not row.cold and fa3 and fa3["steady"]:
+            under_load = args.load and row in (args.load_rows or args.rows) and not row.cold
+            if under_load and fa3 and fa3["steady"]:
                 entry["load"] = load(server, row, LOAD_SHARE * fa3["steady"], args.load)
             save()
             print(f"  {row.name:24s} {_cell(entry['steady'])} steady {_cell(entry['whole'])} whole", flush=True)
@@ -334,6 +335,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=parse_row, default=list(ROWS), help="default: the table's")
     parser.add_argument("--defaults", action="store_true", help="SGLang's own defaults: all graphs, all features")
     parser.add_argument("--load", type=float, default=0.0, metavar="SECONDS", help="also TTFT and ITL under load")
+    parser.add_argument("--load-rows", nargs="+", type=parse_row, metavar="ROW", help="rows of --load; default: --rows")
     parser.add_argument("--model-path", help="a model instead of dummy weights")
     parser.add_argument("--server-args", default="", help="more arguments for every server, in one string")
     parser.add_argument("--out", default=str(ROOT / "scripts" / "results"), help="folder of JSON, chart and logs")
