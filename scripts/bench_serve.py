@@ -33,7 +33,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from serving import Answer, Server, encode, generate, running, send_all, session
+from serving import Answer, Server, encode, generate, running, send_all, session, stop_servers_on_sigterm
 
 ROOT = Path(__file__).resolve().parent.parent
 LLAMA_8B = {
@@ -342,6 +342,7 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="add to the results in --out")
     parser.add_argument("--report", metavar="JSON", help="table and chart of an earlier run; nothing is started")
     args = parser.parse_args()
+    stop_servers_on_sigterm()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     path = Path(args.report) if args.report else out / f"serve{'_defaults' if args.defaults else ''}.json"

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_serve import BACKENDS
-from serving import Answer, Server, drift, encode, running, send_all
+from serving import Answer, Server, drift, encode, running, send_all, stop_servers_on_sigterm
 
 GROUPS = ((16, 700), (8, 300), (4, 1500), (16, 0))
 """(requests, tokens they share)"""
@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--server-args", default="", help="more arguments for every server, in one string")
     parser.add_argument("--out", default=tempfile.gettempdir(), help="folder of the JSON and the logs")
     args = parser.parse_args()
+    stop_servers_on_sigterm()
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(Path(args.model_path) / "tokenizer.json"))

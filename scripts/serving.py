@@ -25,6 +25,11 @@ READY_SECONDS = 600.0
 _DECODE_LINE = re.compile(r"Decode batch.*?#running-req: (\d+).*?gen throughput \(token/s\): ([\d.]+)")
 
 
+def stop_servers_on_sigterm() -> None:
+    """SIGTERM ends this program like Ctrl-C, through the ``finally`` that stops a server."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_serve import BACKENDS
-from serving import Answer, Server, drift, encode, generate, running, session
+from serving import Answer, Server, drift, encode, generate, running, session, stop_servers_on_sigterm
 
 GROUPS, VOCABULARY = 6, 10_000
 MEMORY_GROWTH = 1.1
@@ -199,6 +199,7 @@ def main() -> int:
     parser.add_argument("--server-args", default="", help="more arguments for the server, in one string")
     parser.add_argument("--log", help="where the server's log goes")
     args = parser.parse_args()
+    stop_servers_on_sigterm()
     arguments = ["--model-path", args.model_path, "--max-total-tokens", str(args.pool), "--random-seed", "1"]
     arguments += [*BACKENDS.get(args.backend, ["--attention-backend", args.backend]), "--skip-tokenizer-init"]
     arguments += ["--schedule-conservativeness", "0.1"]  # lets in more than fits in the end: retractions

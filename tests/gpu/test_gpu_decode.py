@@ -19,7 +19,7 @@ HEADS, KV_HEADS, DIM, SLOTS, CONTEXT = 32, 8, 128, 40_000, 4096
 class Case:
     """Requests over one pool; every slot that none of them owns holds NaN."""
 
-    def __init__(self, page_size: int, max_rows: int = 64) -> None:
+    def __init__(self, page_size: int, max_rows: int = 64, deterministic: bool = False) -> None:
         self.page_size = page_size
         self.table = torch.zeros(max_rows + 1, CONTEXT, dtype=torch.int32)
         self.k, self.v = (torch.full((SLOTS, KV_HEADS, DIM), torch.nan, dtype=torch.bfloat16) for _ in range(2))
@@ -31,6 +31,7 @@ class Case:
             heads=HEADS,
             kv_heads=KV_HEADS,
             head_dim=DIM,
+            deterministic=deterministic,
         )
         self.free = page_size
 
@@ -128,3 +129,26 @@ def test_captured_step_follows_tables_that_change():
         case.decode.plan()
         case.decode.attend(q, k, v, out, scale=DIM**-0.5)
         assert torch.equal(out, replayed), "eager and replay differ"
+
+
+def test_deterministic_result_does_not_depend_on_the_batch():
+    """Each request alone, in the full batch and in half of it, bit for bit; and right."""
+    torch.manual_seed(2)
+    case = Case(1, deterministic=True)
+    indices, lens = case.fill([(12, 1500, 70), (5, 700, 33), (3, 0, 3000), (1, 0, 1)])
+    q = torch.randn(len(lens), HEADS, DIM).to(torch.bfloat16).cuda()
+    table, k, v = case.table.cuda(), case.k.cuda(), case.v.cuda()
+
+    def decode(rows: torch.Tensor) -> torch.Tensor:
+        case.decode.snapshot(table, indices[rows].cuda(), lens[rows].cuda())
+        case.decode.plan()
+        mine = q[rows.cuda()]
+        return case.decode.attend(mine, k, v, torch.full_like(mine, torch.nan), scale=DIM**-0.5)
+
+    everything = torch.arange(len(lens))
+    together = decode(everything)
+    check(together, case.want(q.cpu(), indices, lens))
+    half = everything[::2]
+    assert torch.equal(decode(half), together[::2])
+    for row in everything:
+        assert torch.equal(decode(row[None]), together[row : row + 1]), int(lens[row])

@@ -37,9 +37,12 @@ def test_kit_replays_decode(dense, padded_to):
 
 @pytest.mark.parametrize("dense", [c for c in DENSE if not c.forward_mode.is_decode()], ids=lambda c: c.name)
 def test_kit_runs_extend_between_captured_segments(dense):
+    # The kit writes the prefix a second time, at the slots of its contiguous layout; at other context lengths some of
+    # them are slots of its shuffled one.
+    options = {**OPTIONS, "max_context_len": 512}
     tokens = dense.num_input_tokens
     split_kit.run_dense_split_op_extend_case(
-        unittest.TestCase(), dense, breakable=True, static_num_tokens=tokens + 3, **OPTIONS
+        unittest.TestCase(), dense, breakable=True, static_num_tokens=tokens + 3, **options
     )
 
 
@@ -95,9 +98,9 @@ class Captured:
         return self.out[: self.fixture.forward_batch.batch_size]
 
 
-def lifted(lens: list[int]) -> kit.DenseAttentionFixture:
-    """A decode fixture whose requests have rows 1, 2, ...: row 0 is SGLang's padding row."""
-    fixture = build(case("graph", lens), runner_batch_size=len(lens) + 1)
+def lifted(lens: list[int], size: int | None = None) -> kit.DenseAttentionFixture:
+    """A decode fixture whose requests have rows 1, 2, ...: row 0 is SGLang's padding row. ``size``: of the graph."""
+    fixture = build(case("graph", lens), runner_batch_size=(size or len(lens)) + 1)
     table = fixture.runner.req_to_token_pool.req_to_token
     table[1 : len(lens) + 1] = table[: len(lens)].clone()
     table[0] = 0
@@ -126,7 +129,7 @@ def expect(fixture: kit.DenseAttentionFixture, actual: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("size", [5, 8])
 def test_replays_follow_groups_that_change(size):
-    fixture = lifted([600, 600, 600, 600, 90])
+    fixture = lifted([600, 600, 600, 600, 90], size)
     captured = Captured(fixture, size)
     for groups in ([], [([0, 1], 256)], [([0, 1, 2, 3], 256)], [([2, 3], 512)], [([0, 1, 2, 3], 600)]):
         share_prefixes(fixture, groups)
