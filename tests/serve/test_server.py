@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 import needs
@@ -28,6 +29,7 @@ pytestmark = [
 ]
 
 COMMON = ["--enable-cache-report", "--random-seed", "1"]
+METRICS = ["--enable-metrics"] if find_spec("prometheus_client") else []
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,9 @@ def expected(logs) -> workload.Results:
 
 @pytest.fixture(scope="module")
 def ours(logs, expected):
-    with running(SERVE, logs / "ours.log", COMMON, FLASHCORE_LOG_INTERVAL="20") as server:
+    record = str(logs / "batch.npz")
+    arguments = [*COMMON, *METRICS]
+    with running(SERVE, logs / "ours.log", arguments, FLASHCORE_LOG_INTERVAL="20", FLASHCORE_RECORD=record) as server:
         yield server
 
 
@@ -89,6 +93,21 @@ def test_log_says_what_served_and_how_much_was_shared(ours, results):
     assert "flashcore_sparse serves on cpu with PyTorch attention over CSR segments" in log
     shared = [float(x) for x in re.findall(r"\(([\d.]+)x shared\)", log)]
     assert max(shared) > 4, f"8 requests on one long prompt read it once: {shared}"
+
+
+@pytest.mark.skipif(not METRICS, reason="prometheus_client is not installed")
+def test_metrics_count_what_was_read_and_wanted(ours, results):
+    page = requests.get(f"{ours.url}/metrics", timeout=10).text
+    values = {name: float(value) for name, value in re.findall(r"^flashcore:(\w+)\{.*\} (\S+)$", page, re.M)}
+    assert values["decode_steps_total"] >= 20
+    assert values["kv_tokens_wanted_total"] > 2 * values["kv_tokens_read_total"] > 0
+    assert {"sharing_ratio", "segments", "pager_microseconds"} <= values.keys()
+
+
+def test_recorded_batch_is_explained(ours, results, logs):
+    command = [sys.executable, "-m", "flashcore_sglang", "explain", str(logs / "batch.npz")]
+    text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert re.search(r"8 requests share 1,\d{3} tokens", text), text
 
 
 def test_request_longer_than_the_context_is_refused_and_others_live_on(ours, expected):
