@@ -13,7 +13,11 @@ def metric_labels(model_runner: Any) -> dict[str, str] | None:
     args = model_runner.server_args
     if not getattr(args, "enable_metrics", False):
         return None
-    ranks = model_runner.ps
+    ranks = getattr(model_runner, "ps", None)
+    if ranks is None:  # 0.5.23
+        from sglang.srt.runtime_context import get_parallel
+
+        ranks = get_parallel()
     if ranks.attn_tp_rank != 0 and not args.enable_metrics_for_all_schedulers:
         return None
     labels = {

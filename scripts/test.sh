@@ -57,7 +57,7 @@ if [[ ${1-} == --all || ${CI-} == true ]] && [[ -z ${FLASHCORE_SGLANG-} ]]; then
   (
     export FLASHCORE_SGLANG=0.5.23
     prepare_environment dev
-    check python -m pytest tests/contract tests/serve/test_server.py -k "contract or engine"
+    check python -m pytest tests/contract tests/sglang_kit tests/serve/test_server.py -k "contract or engine"
   )
 fi
 progress "python -m pytest"

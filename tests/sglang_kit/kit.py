@@ -54,7 +54,8 @@ def case(name: str, prefix_lens, *, extend_lens=(), heads=8, kv_heads=2, page_si
 
 def build(case: kit.DenseAttentionCase, **options) -> kit.DenseAttentionFixture:
     """The kit's fixture for a case: pools, backend, module, batch, hidden states."""
-    return kit.build_dense_attention_fixture(unittest.TestCase(), case, **{**OPTIONS, **options})
+    with torch.no_grad():
+        return kit.build_dense_attention_fixture(unittest.TestCase(), case, **{**OPTIONS, **options})
 
 
 def share_prefixes(fixture: kit.DenseAttentionFixture, groups: list[tuple[list[int], int]]) -> None:
