@@ -4,13 +4,14 @@
     python scripts/bench_serve.py --backends fa3 ours --rows 1x256:8192+128:128 64x1:2048+128:128
     python scripts/bench_serve.py --defaults                            # every default of SGLang on
     python scripts/bench_serve.py --load 6                              # also TTFT and ITL, 6 s of arrivals per row
+    python scripts/bench_serve.py --sglang-benchmark                    # also SGLang's own client, with a tokenizer
     python scripts/bench_serve.py --report scripts/results/serve.json   # table and chart of an earlier run
 
 A row is groups x requests : shared + own prompt tokens : output tokens. The model is Llama-3.1-8B's shape with dummy
-weights. Prompts are token ids, sent to /generate: sglang.benchmark.serving times tokens by their text, which a server
-without a tokenizer does not send. Its prefixes and prompts are put into the radix cache first, save in the row marked
-"cold"; then all requests of a row are sent at once. "steady" is the median of the server's own "gen throughput" while
-all of them decode; "whole" is output tokens over the time from the first request sent to the last answer read.
+weights. Prompts are token ids, sent to /generate, so that no tokenizer is timed. A row's prefixes and prompts are put
+into the radix cache first, save in the row marked "cold"; then all of its requests are sent at once. "steady" is the
+median of the server's own "gen throughput" while all of them decode; "whole" is output tokens over the time from the
+first request sent to the last answer read.
 
 With ``--load`` the same requests then arrive at random (Poisson) at 70 % of FA3's steady throughput: time to first
 token and between tokens. Measure FA3 first: a server before it gets 70 % of its own throughput.
@@ -22,21 +23,23 @@ import argparse
 import asyncio
 import json
 import random
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from serve_report import ROWS, Row, cell, chart, client_table, load_table, parse_row, table
 from serving import Answer, Server, encode, generate, running, send_all, session, stop_servers_on_sigterm
+from sglang_benchmark import run as run_sglang_benchmark
+from sglang_benchmark import toy_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-LLAMA_8B = {
+LLAMA_8B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "hidden_size": 4096,
@@ -70,75 +73,10 @@ BACKENDS = {
     "ours-alone": ["--attention-backend", "flashcore_sparse"],
     "flashinfer": ["--attention-backend", "flashinfer"],
 }
-SMALL = ["--skip-tokenizer-init", "--cuda-graph-bs-decode", "1", "32", "64", "256", "512"]
+SMALL = ["--cuda-graph-bs-decode", "1", "32", "64", "256", "512"]
 SMALL += ["--cuda-graph-backend-prefill", "disabled", "--mem-fraction-static", "0.8", "--max-running-requests", "512"]
 LOAD_SHARE = 0.7
 """Of FA3's steady throughput, the rate at which requests arrive."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One workload, and what it must show: ours over FA3. ``cold``: nothing is cached, and the whole run counts."""
-
-    groups: int
-    requests: int  # of each group
-    shared: int
-    own: int
-    output: int
-    target: float | None = None
-    cold: bool = False
-
-    @property
-    def name(self) -> str:
-        return f"{self.groups}x{self.requests}:{self.shared}+{self.own}:{self.output}{':cold' if self.cold else ''}"
-
-    @property
-    def batch(self) -> int:
-        return self.groups * self.requests
-
-    def prefixes(self) -> list[list[int]]:
-        return [_tokens(f"prefix {g} {self.shared}", self.shared) for g in range(self.groups)]
-
-    def prompts(self) -> list[list[int]]:
-        """Group after group."""
-        return [
-            prefix + _tokens(f"own {g} {i} {self.name}", self.own)
-            for g, prefix in enumerate(self.prefixes())
-            for i in range(self.requests)
-        ]
-
-
-ROWS = (
-    Row(1, 256, 8192, 128, 128, 3.5),
-    Row(1, 256, 8192, 128, 512, 3.0),
-    Row(1, 512, 2048, 128, 128, 1.65),
-    Row(8, 32, 4096, 256, 128, 2.2),
-    Row(1, 32, 32768, 512, 128, 2.7),
-    Row(64, 1, 2048, 128, 128, 0.99),
-    Row(1, 1, 1024, 128, 128, 0.99),
-    Row(64, 1, 8192, 0, 16, 0.99, cold=True),
-)
-
-
-def _tokens(seed: str, count: int) -> list[int]:
-    generator = random.Random(seed)
-    return [generator.randrange(10, 10_000) for _ in range(count)]
-
-
-def parse_row(text: str) -> Row:
-    """A row of the table by its name, or a new one.
-
-    Raises argparse.ArgumentTypeError for text of another form.
-    """
-    for row in ROWS:
-        if row.name == text:
-            return row
-    found = re.fullmatch(r"(\d+)x(\d+):(\d+)\+(\d+):(\d+)(:cold)?", text)
-    if not found:
-        wanted = "groups x requests : shared + own : output, as 8x32:4096+256:128"
-        raise argparse.ArgumentTypeError(f"row: want {wanted}, got {text!r}")
-    groups, requests, shared, own, output = (int(found[i]) for i in range(1, 6))
-    return Row(groups, requests, shared, own, output, cold=bool(found[6]))
 
 
 def percentiles(seconds: list[float]) -> dict[str, float]:
@@ -214,7 +152,8 @@ def bench_backend(name: str, args: argparse.Namespace, model: str, results: dict
     arguments = ["--model-path", model, "--random-seed", "1", *BACKENDS.get(name, ["--attention-backend", name])]
     arguments += ["--decode-log-interval", "8"]
     arguments += [] if args.model_path else ["--load-format", "dummy"]
-    arguments += ["--skip-tokenizer-init"] if args.defaults else SMALL
+    arguments += [] if args.sglang_benchmark else ["--skip-tokenizer-init"]
+    arguments += [] if args.defaults else SMALL
     arguments += args.server_args.split()
     log = Path(args.out) / f"serve_{name}.log"
     with running(arguments, log) as server:
@@ -227,85 +166,11 @@ def bench_backend(name: str, args: argparse.Namespace, model: str, results: dict
             under_load = args.load and row in (args.load_rows or args.rows) and not row.cold
             if under_load and fa3 and fa3["steady"]:
                 entry["load"] = load(server, row, LOAD_SHARE * fa3["steady"], args.load)
+            if args.sglang_benchmark and not row.cold:
+                workload = {key: value for key, value in asdict(row).items() if key not in ("target", "cold")}
+                entry["sglang_benchmark"] = run_sglang_benchmark(server.url, model, **workload)
             save()
-            print(f"  {row.name:24s} {_cell(entry['steady'])} steady {_cell(entry['whole'])} whole", flush=True)
-
-
-def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.0f}"
-
-
-def figure(results: dict[str, Any], backend: str, row: Row) -> float | None:
-    """Output tokens per second that count for the row: steady, or whole if it is cold."""
-    entry = results["backends"].get(backend, {}).get("rows", {}).get(row.name)
-    return entry and (entry["whole"] if row.cold else entry["steady"])
-
-
-def ratio(results: dict[str, Any], row: Row, ours: str, peer: str) -> float | None:
-    mine, other = figure(results, ours, row), figure(results, peer, row)
-    return mine / other if mine and other else None
-
-
-def _measured_rows(results: dict[str, Any]) -> list[Row]:
-    names = [name for entry in results["backends"].values() for name in entry["rows"]]
-    return [parse_row(name) for name in dict.fromkeys(names)]
-
-
-def table(results: dict[str, Any]) -> str:
-    """Markdown: steady tokens per second of each backend, whole-run time, ours over the peers, and the target."""
-    backends = list(results["backends"])
-    lines = [
-        "| groups x requests: shared + own: output | " + " | ".join(backends) + " | x fa3 | wanted | x flashinfer |",
-        "|---" * (len(backends) + 4) + "|",
-    ]
-    ours = next((b for b in backends if b.startswith("ours")), "ours")
-    for row in _measured_rows(results):
-        cells = []
-        for backend in backends:
-            entry = results["backends"][backend]["rows"].get(row.name)
-            cells.append(f"{_cell(figure(results, backend, row))} ({entry['seconds']:.1f} s)" if entry else "-")
-        ratios = [ratio(results, row, ours, peer) for peer in ("fa3", "flashinfer")]
-        words = [f"{r:.2f}" if r else "-" for r in ratios]
-        lines.append(f"| {row.name} | " + " | ".join(cells) + f" | {words[0]} | {row.target or ''} | {words[1]} |")
-    return "\n".join(lines)
-
-
-def load_table(results: dict[str, Any]) -> str:
-    """Markdown: time to first token and between tokens, p50 / p99 in milliseconds; empty without ``--load``."""
-    lines = []
-    for row in _measured_rows(results):
-        for backend, entry in results["backends"].items():
-            if measured := entry["rows"].get(row.name, {}).get("load"):
-                cells = [f"{measured[k]['p50_ms']:.1f} / {measured[k]['p99_ms']:.1f}" for k in ("ttft", "itl")]
-                rate = f"{measured['tokens_per_second']:,.0f}"
-                lines.append(f"| {row.name} | {rate} | {backend} | " + " | ".join(cells) + " |")
-    heads = ["| row | tokens/s asked for | backend | TTFT p50 / p99, ms | ITL p50 / p99, ms |", "|---|---|---|---|---|"]
-    return "\n".join([*heads, *lines]) if lines else ""
-
-
-def chart(results: dict[str, Any], path: Path) -> None:
-    """Throughput relative to FA3, one group of bars per row. Raises ImportError without matplotlib."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = [row for row in _measured_rows(results) if figure(results, "fa3", row)]
-    backends = [b for b in results["backends"] if any(figure(results, b, row) for row in rows)]
-    picture, axes = pyplot.subplots(figsize=(1.5 + 1.5 * len(rows), 4.2), layout="constrained")
-    width = 0.8 / max(1, len(backends))
-    for i, backend in enumerate(backends):
-        heights = [ratio(results, row, backend, "fa3") or 0.0 for row in rows]
-        bars = axes.bar([x + i * width for x in range(len(rows))], heights, width, label=backend)
-        axes.bar_label(bars, [f"{h:.2f}" if h else "" for h in heights], fontsize=8)
-    axes.axhline(1.0, color="black", linewidth=0.8)
-    labels = [row.name.replace(":", "\n", 1) for row in rows]
-    axes.set_xticks([x + 0.4 - width / 2 for x in range(len(rows))], labels, fontsize=8)
-    axes.set_ylabel("output tokens per second, FA3 = 1")
-    axes.set_title(f"Steady decode, Llama-3.1-8B shape, bf16, {results['machine']['gpu'] or 'no GPU'}")
-    axes.margins(y=0.2)
-    axes.legend(ncols=len(backends))
-    picture.savefig(path, dpi=120)
+            print(f"  {row.name:24s} {cell(entry['steady'])} steady {cell(entry['whole'])} whole", flush=True)
 
 
 def machine() -> dict[str, str | None]:
@@ -336,6 +201,7 @@ def main() -> None:
     parser.add_argument("--defaults", action="store_true", help="SGLang's own defaults: all graphs, all features")
     parser.add_argument("--load", type=float, default=0.0, metavar="SECONDS", help="also TTFT and ITL under load")
     parser.add_argument("--load-rows", nargs="+", type=parse_row, metavar="ROW", help="rows of --load; default: --rows")
+    parser.add_argument("--sglang-benchmark", action="store_true", help="also SGLang's own client on every row")
     parser.add_argument("--model-path", help="a model instead of dummy weights")
     parser.add_argument("--server-args", default="", help="more arguments for every server, in one string")
     parser.add_argument("--out", default=str(ROOT / "scripts" / "results"), help="folder of JSON, chart and logs")
@@ -356,11 +222,14 @@ def main() -> None:
     if not args.report:
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.json").write_text(json.dumps(LLAMA_8B))
+            if args.sglang_benchmark:
+                toy_tokenizer(Path(folder), LLAMA_8B["vocab_size"])
             for backend in args.backends:
                 bench_backend(backend, args, args.model_path or folder, results, save)
     print("\n" + table(results))
-    if text := load_table(results):
-        print("\n" + text)
+    for text in (load_table(results), client_table(results)):
+        if text:
+            print("\n" + text)
     try:
         chart(results, path.with_suffix(".png"))
     except ImportError:

@@ -11,7 +11,9 @@ import pytest
 needs.sglang()  # aiohttp comes with it
 
 import bench_serve
+import serve_report
 import serving
+import sglang_benchmark
 
 LOG = """\
 [t] Decode batch, #running-req: 8, #token: 80, token usage: 0.11, cuda graph: True, gen throughput (token/s): 1.50, x
@@ -23,7 +25,7 @@ LOG = """\
 
 
 def results(**rates: float) -> dict:
-    row = bench_serve.ROWS[0].name
+    row = serve_report.ROWS[0].name
     entry = {"seconds": 1.0, "whole": 1.0}
     return {
         "machine": {"gpu": "a GPU"},
@@ -39,18 +41,18 @@ def test_decode_rates_leave_out_other_batches_and_the_first_line(tmp_path):
 
 
 def test_every_row_has_a_name_that_is_read_back():
-    for row in bench_serve.ROWS:
-        assert bench_serve.parse_row(row.name) == row
-    assert bench_serve.parse_row("2x3:40+5:6") == bench_serve.Row(2, 3, 40, 5, 6)
+    for row in serve_report.ROWS:
+        assert serve_report.parse_row(row.name) == row
+    assert serve_report.parse_row("2x3:40+5:6") == serve_report.Row(2, 3, 40, 5, 6)
 
 
 def test_row_of_another_form_is_refused():
     with pytest.raises(argparse.ArgumentTypeError, match="want groups x requests : shared"):
-        bench_serve.parse_row("2x3")
+        serve_report.parse_row("2x3")
 
 
 def test_prompts_share_their_groups_prefix_and_nothing_more():
-    row = bench_serve.Row(2, 3, 40, 5, 6)
+    row = serve_report.Row(2, 3, 40, 5, 6)
     prompts = row.prompts()
     assert [len(p) for p in prompts] == [45] * 6
     assert prompts == row.prompts()
@@ -59,7 +61,7 @@ def test_prompts_share_their_groups_prefix_and_nothing_more():
 
 
 def test_table_says_ratio_and_target():
-    text = bench_serve.table(results(fa3=100.0, ours=360.0, flashinfer=120.0))
+    text = serve_report.table(results(fa3=100.0, ours=360.0, flashinfer=120.0))
     assert "| 100 (1.0 s) | 360 (1.0 s) | 120 (1.0 s) | 3.60 | 3.5 | 3.00 |" in text
 
 
@@ -69,5 +71,21 @@ def test_percentiles_are_in_milliseconds():
 
 def test_chart_is_written(tmp_path):
     pytest.importorskip("matplotlib")
-    bench_serve.chart(results(fa3=100.0, ours=360.0), tmp_path / "chart.png")
+    serve_report.chart(results(fa3=100.0, ours=360.0), tmp_path / "chart.png")
     assert (tmp_path / "chart.png").stat().st_size > 1000
+
+
+def test_toy_tokenizer_gives_back_the_ids_of_its_text(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sglang_benchmark.toy_tokenizer(tmp_path, 50)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = [3, 49, 0, 7, 7]
+    assert tokenizer.encode(tokenizer.decode(ids)) == ids
+
+
+def test_sglang_benchmark_shares_prefixes_where_the_row_does():
+    row = {"own": 8, "output": 16, "groups": 4}
+    shared = sglang_benchmark.arguments("url", "model", requests=2, shared=64, **row)
+    assert "generated-shared-prefix" in shared and shared[shared.index("--gsp-num-groups") + 1] == "4"
+    alone = sglang_benchmark.arguments("url", "model", requests=1, shared=64, **row)
+    assert "random-ids" in alone and alone[alone.index("--random-input-len") + 1] == "72"
