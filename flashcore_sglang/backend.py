@@ -122,10 +122,12 @@ class FlashCoreSparseBackend(AttentionBackend):
         self._gpu = self._make_gpu_decode(facts) if facts.device == "cuda" else None
         if not self._gpu or facts.serves_prefill:
             _ = self._pager  # compiled now rather than in a request
+        args = model_runner.server_args
         reason = no_sharing_reason(
             sharing=env.sharing(),
             deterministic=facts.deterministic,
-            radix_cache=not getattr(model_runner.server_args, "disable_radix_cache", False),
+            radix_cache=not getattr(args, "disable_radix_cache", False),
+            pd_decode=getattr(args, "disaggregation_mode", "null") == "decode",
         )
         self._recorder = self._make_recorder(facts)
         interval, consumers = self._make_consumers(model_runner, reason)

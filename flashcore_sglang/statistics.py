@@ -174,12 +174,14 @@ def least_prefix(cost: CostModel, rows: int) -> int:
     return max(1, -(-(cost.segment_cost + rows * cost.partial_cost) // saved))
 
 
-def no_sharing_reason(*, sharing: bool, deterministic: bool, radix_cache: bool) -> str | None:
-    """Why this server never shares, with the remedy; None if it does."""
+def no_sharing_reason(*, sharing: bool, deterministic: bool, radix_cache: bool, pd_decode: bool = False) -> str | None:
+    """Why this server never shares, with the remedy; None if it does. ``pd_decode``: it decodes what others prefill."""
     if not sharing:
         return "FLASHCORE_SHARING=0; unset it"
     if deterministic:
         return "--enable-deterministic-inference asks for sums whose order does not depend on the batch; leave it out"
+    if pd_decode and not radix_cache:
+        return "a PD decode server keeps no radix cache; add --disaggregation-decode-enable-radix-cache"
     if not radix_cache:
         return "--disable-radix-cache gives every request its own pages; leave it out"
     return None

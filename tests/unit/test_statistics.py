@@ -58,6 +58,7 @@ def test_least_prefix_is_what_the_pager_decides_by():
         ({"sharing": False}, "FLASHCORE_SHARING=0"),
         ({"deterministic": True}, "--enable-deterministic-inference"),
         ({"radix_cache": False}, "--disable-radix-cache"),
+        ({"radix_cache": False, "pd_decode": True}, "--disaggregation-decode-enable-radix-cache"),
     ],
 )
 def test_reason_names_what_to_change(facts, words):
