@@ -5,6 +5,8 @@
     python scripts/bench_serve.py --defaults                            # every default of SGLang on
     python scripts/bench_serve.py --load 6                              # also TTFT and ITL, 6 s of arrivals per row
     python scripts/bench_serve.py --sglang-benchmark                    # also SGLang's own client, with a tokenizer
+    python scripts/bench_serve.py --together --backends fa3 ours --server-args \\
+        "--max-total-tokens 150000 --mem-fraction-static 0.93"          # both at a time, one row on each in turn
     python scripts/bench_serve.py --report scripts/results/serve.json   # table and chart of an earlier run
 
 A row is groups x requests : shared + own prompt tokens : output tokens. The model is Llama-3.1-8B's shape with dummy
@@ -28,6 +30,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -75,6 +80,7 @@ BACKENDS = {
 }
 SMALL = ["--cuda-graph-bs-decode", "1", "32", "64", "256", "512"]
 SMALL += ["--cuda-graph-backend-prefill", "disabled", "--mem-fraction-static", "0.8", "--max-running-requests", "512"]
+Results = dict[str, Any]
 LOAD_SHARE = 0.7
 """Of FA3's steady throughput, the rate at which requests arrive."""
 
@@ -147,30 +153,43 @@ def load(server: Server, row: Row, tokens_per_second: float, seconds: float) -> 
     }
 
 
-def bench_backend(name: str, args: argparse.Namespace, model: str, results: dict[str, Any], save: Any) -> None:
-    """Starts one server, measures its rows, stops it; ``save`` is called after each row."""
+def start(name: str, args: argparse.Namespace, model: str) -> AbstractContextManager[Server]:
+    """The server of a backend."""
     arguments = ["--model-path", model, "--random-seed", "1", *BACKENDS.get(name, ["--attention-backend", name])]
     arguments += ["--decode-log-interval", "8"]
     arguments += [] if args.model_path else ["--load-format", "dummy"]
     arguments += [] if args.sglang_benchmark else ["--skip-tokenizer-init"]
     arguments += [] if args.defaults else SMALL
-    arguments += args.server_args.split()
-    log = Path(args.out) / f"serve_{name}.log"
-    with running(arguments, log) as server:
-        print(f"{name}: ready in {server.ready_seconds:.0f} s", flush=True)
-        mine = results["backends"].setdefault(name, {"rows": {}})
-        mine |= {"ready_seconds": server.ready_seconds, "arguments": arguments}
-        for row in args.rows:
-            entry = mine["rows"][row.name] = measure(server, row)
-            fa3 = (results["backends"].get("fa3") or mine)["rows"].get(row.name)
-            under_load = args.load and row in (args.load_rows or args.rows) and not row.cold
-            if under_load and fa3 and fa3["steady"]:
-                entry["load"] = load(server, row, LOAD_SHARE * fa3["steady"], args.load)
-            if args.sglang_benchmark and not row.cold:
-                workload = {key: value for key, value in asdict(row).items() if key not in ("target", "cold")}
-                entry["sglang_benchmark"] = run_sglang_benchmark(server.url, model, **workload)
-            save()
-            print(f"  {row.name:24s} {cell(entry['steady'])} steady {cell(entry['whole'])} whole", flush=True)
+    return running([*arguments, *args.server_args.split()], Path(args.out) / f"serve_{name}.log")
+
+
+def bench_row(server: Server, name: str, row: Row, args: argparse.Namespace, model: str, results: Results) -> None:
+    """Measures a row on a server and adds it to ``results``."""
+    mine = results["backends"].setdefault(name, {"ready_seconds": server.ready_seconds, "rows": {}})
+    entry = mine["rows"][row.name] = measure(server, row)
+    fa3 = (results["backends"].get("fa3") or mine)["rows"].get(row.name)
+    under_load = args.load and row in (args.load_rows or args.rows) and not row.cold
+    if under_load and fa3 and fa3["steady"]:
+        entry["load"] = load(server, row, LOAD_SHARE * fa3["steady"], args.load)
+    if args.sglang_benchmark and not row.cold:
+        workload = {key: value for key, value in asdict(row).items() if key not in ("target", "cold")}
+        entry["sglang_benchmark"] = run_sglang_benchmark(server.url, model, **workload)
+    print(f"{name:12s} {row.name:24s} {cell(entry['steady'])} steady {cell(entry['whole'])} whole", flush=True)
+
+
+def bench(args: argparse.Namespace, model: str, results: Results, save: Callable[[], None]) -> None:
+    """Every row on every backend; ``save`` is called after each."""
+    groups = [args.backends] if args.together else [[name] for name in args.backends]
+    for names in groups:
+        with ExitStack() as stack, ThreadPoolExecutor() as pool:
+            starting = [pool.submit(stack.enter_context, start(name, args, model)) for name in names]
+            servers = {name: future.result() for name, future in zip(names, starting, strict=True)}
+            for name, server in servers.items():
+                print(f"{name}: ready in {server.ready_seconds:.0f} s", flush=True)
+            for row in args.rows:
+                for name, server in servers.items():
+                    bench_row(server, name, row, args, model, results)
+                    save()
 
 
 def machine() -> dict[str, str | None]:
@@ -201,6 +220,7 @@ def main() -> None:
     parser.add_argument("--defaults", action="store_true", help="SGLang's own defaults: all graphs, all features")
     parser.add_argument("--load", type=float, default=0.0, metavar="SECONDS", help="also TTFT and ITL under load")
     parser.add_argument("--load-rows", nargs="+", type=parse_row, metavar="ROW", help="rows of --load; default: --rows")
+    parser.add_argument("--together", action="store_true", help="all servers at a time on one GPU, row by row in turn")
     parser.add_argument("--sglang-benchmark", action="store_true", help="also SGLang's own client on every row")
     parser.add_argument("--model-path", help="a model instead of dummy weights")
     parser.add_argument("--server-args", default="", help="more arguments for every server, in one string")
@@ -224,8 +244,7 @@ def main() -> None:
             (Path(folder) / "config.json").write_text(json.dumps(LLAMA_8B))
             if args.sglang_benchmark:
                 toy_tokenizer(Path(folder), LLAMA_8B["vocab_size"])
-            for backend in args.backends:
-                bench_backend(backend, args, args.model_path or folder, results, save)
+            bench(args, args.model_path or folder, results, save)
     print("\n" + table(results))
     for text in (load_table(results), client_table(results)):
         if text:
