@@ -11,8 +11,6 @@ CUDA 13. Logs go to $FLASHCORE_SANITIZER_LOGS (default: a new directory). Exit c
 
   PYTORCH_NO_CUDA_MEMORY_CACHING=1   so that every tensor is an allocation whose bounds the tools know
   --num-cuda-barriers                a block has up to 112 mbarriers, initialised in loops, which the compiler undercounts
-  --racecheck-memcpy-async no        racecheck follows cp.async by async-groups alone. The kernels complete it on
-                                     mbarriers (cp.async.mbarrier.arrive), so that it calls every such copy unwaited for
 END
 }
 
@@ -35,7 +33,6 @@ python3 -m flashcore_sglang build cuda >/dev/null # once, not by every tool
 # check <tool>: its exit code is the tool's.
 check() {
   local options=(--tool "$1" --error-exitcode 1 --print-limit 20 --num-cuda-barriers 128)
-  if [[ $1 == racecheck ]]; then options+=(--racecheck-memcpy-async no); fi
   # initcheck has to see what other kernels write.
   if [[ $1 != initcheck ]]; then options+=(--kernel-name kernel_substring=flashcore); fi
   compute-sanitizer "${options[@]}" python3 tests/gpu/sanitize_cases.py >"$logs/$1.log" 2>&1

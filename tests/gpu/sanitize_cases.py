@@ -27,6 +27,7 @@ from flashcore_sglang.gpu_decode import GpuDecode
 WIDE: tuple[Level, ...] = ((1, 320), (18, 40))  # 72 q_rows share
 NARROW: tuple[Level, ...] = ((3, 200),)
 SPLIT: tuple[Level, ...] = ((2, 1400),)
+MANY: tuple[Level, ...] = ((4, 64), (320, 24))  # several items for every CTA, so that it uses its buffers again
 TREE: tuple[Level, ...] = ((2, 256), ((3, 5), 128), (8, 33))
 
 
@@ -53,6 +54,7 @@ DECODE = (
     DecodeCase("narrow d256 fp16, permuted", NARROW, 256, torch.float16, order="permuted"),
     DecodeCase("split", SPLIT, order="fragmented"),
     DecodeCase("tree in a graph", TREE, graph=True),
+    DecodeCase("many items", MANY, order="interleaved"),
 )
 
 
