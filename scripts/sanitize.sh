@@ -10,7 +10,7 @@ side by side on one Hopper GPU; about a minute. Wanted: python3 with torch and a
 CUDA 13. Logs go to $FLASHCORE_SANITIZER_LOGS (default: a new directory). Exit code 1 if a tool reports an error.
 
   PYTORCH_NO_CUDA_MEMORY_CACHING=1   so that every tensor is an allocation whose bounds the tools know
-  --num-cuda-barriers                a block has up to 112 mbarriers, initialised in loops, which the compiler undercounts
+  --num-cuda-barriers                a block has up to 112 mbarriers, initialised in loops, which the compiler may undercount
 END
 }
 
