@@ -55,20 +55,23 @@ def main() -> None:
     args = parser.parse_args()
     order = ("runs", "interleaved", "permuted")
     records = [json.loads(p.read_text()) for p in args.files or RESULTS.glob("decode_*.json") if "quick" not in p.name]
-    records = sorted((r for r in records if r["cases"]), key=lambda r: (r["page_size"], order.index(r["order"])))
+    # Results made before the plan was measured have another headline.
+    records = [r for r in records if r["cases"] and all("plan_us" in c for c in r["cases"])]
+    records = sorted(records, key=lambda r: (r["page_size"], order.index(r["order"])))
     if not records:
         raise SystemExit(f"files: want results of bench_decode.py, got none in {RESULTS}")
     rows = max(len(r["cases"]) for r in records)
     figure, axes = plt.subplots(1, len(records), figsize=(8 * len(records), 1.5 + 0.34 * rows), squeeze=False)
     for axis, record in zip(axes[0], records, strict=True):
         draw(axis, record)
-    axes[0][0].legend(loc="lower right", fontsize=8)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncol=len(labels), fontsize=8)
     figure.suptitle(
-        f"Decode attention of one layer, {records[0]['gpu']}, bf16, {records[0]['heads']} query heads on "
-        f"{records[0]['kv_heads']} KV heads of {records[0]['head_dim']}: attention + plan / 32.  Black: wanted",
+        f"Decode attention of one layer, {records[0]['gpu']}, bf16, {records[0]['heads']} query heads\n"
+        f"on {records[0]['kv_heads']} KV heads of {records[0]['head_dim']}: attention + plan / 32.  Black: wanted",
         fontsize=10,
     )
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
     figure.savefig(args.out, dpi=110)
     print(args.out)
 

@@ -55,7 +55,7 @@ def test_chart_draws_results(tmp_path, monkeypatch):
     case = {"case": "a", "ratio": 2.0, "flashinfer_ratio": None, "wanted_ratio": 1.5, "percent_of_floor": 50.0}
     record = {"gpu": "GPU", "heads": 32, "kv_heads": 8, "head_dim": 128, "order": "runs", "page_size": 1}
     result = tmp_path / "decode_runs_p1.json"
-    result.write_text(json.dumps(record | {"cases": [case | {"ours_us": 10.0}]}))
+    result.write_text(json.dumps(record | {"cases": [case | {"ours_us": 10.0, "plan_us": 40.0}]}))
     monkeypatch.setattr(sys, "argv", ["chart.py", str(result), "--out", str(tmp_path / "chart.png")])
     chart.main()
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
