@@ -155,6 +155,11 @@ class DevicePager:
         """Device memory of all buffers."""
         return self._memory.numel() * 4 / 2**20
 
+    @property
+    def table_stride(self) -> int:
+        """Entries of a row in ``DeviceLayout.table``: the pages of row r are from ``r * table_stride`` on."""
+        return self._spans["table"][1] // self.max_rows
+
     def snapshot(self, req_to_token: torch.Tensor, req_pool_indices: torch.Tensor, seq_lens: torch.Tensor) -> None:
         """Copies what the batch reads; the step's ``build`` and attention read the copy. One launch, current stream.
 

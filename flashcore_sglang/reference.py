@@ -68,24 +68,40 @@ def extend(
     scale: float,
     logit_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    causal: bool = True,
+    window_left: int = -1,
+    custom_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of the last ``q_lens`` tokens of each request over its cache; decode is ``q_lens`` of 1.
 
     Args:
         q: [sum(q_lens), H, D], request after request. k_cache, v_cache: [slots, G, D], token-major.
-        req_to_token, req_pool_indices, seq_lens: SGLang's tables, see ``layout.build_layout_from_slots``.
+        req_to_token, req_pool_indices, seq_lens: SGLang's tables on the CPU, see ``layout.build_layout_from_slots``.
+        causal: False: every token sees all positions of its request.
+        window_left: positions that a token sees before its own; -1: all.
+        custom_mask: [sum of q_lens * seq_lens] bool; in place of ``causal``, for each request its tokens by positions.
 
     Returns:
         [sum(q_lens), H, Dv] float64.
     """
-    outs, at = [], 0
+    outs, at, mask_at = [], 0, 0
     for index, seq_len, q_len in zip(req_pool_indices.tolist(), seq_lens.tolist(), q_lens.tolist(), strict=True):
         slots = slots_of(req_to_token, index, seq_len, page_size)
-        positions = torch.arange(seq_len - q_len, seq_len)
-        visible = torch.arange(seq_len)[None, :] <= positions[:, None]
-        queries = q[at : at + q_len]
+        keys, queries = torch.arange(seq_len), torch.arange(seq_len - q_len, seq_len)[:, None]
+        visible = keys <= queries if causal else torch.ones(q_len, seq_len, dtype=torch.bool)
+        if window_left >= 0:
+            visible &= keys >= queries - window_left
+        if custom_mask is not None:
+            visible = custom_mask[mask_at : mask_at + q_len * seq_len].view(q_len, seq_len).bool()
+            mask_at += q_len * seq_len
         out, _ = attention(
-            queries, k_cache[slots], v_cache[slots], scale=scale, logit_cap=logit_cap, visible=visible, sinks=sinks
+            q[at : at + q_len],
+            k_cache[slots],
+            v_cache[slots],
+            scale=scale,
+            logit_cap=logit_cap,
+            visible=visible.to(q.device),
+            sinks=sinks,
         )
         outs.append(out)
         at += q_len

@@ -61,8 +61,8 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t bar, uint32_t parity) {
 }
 
 // ---- copies ----
-// L2 policy in the encoding of createpolicy.fractional with fraction 1.
-constexpr uint64_t kEvictFirst = 0x12F0000000000000ull;
+// L2 policies in the encoding of createpolicy.fractional with fraction 1.
+constexpr uint64_t kEvictFirst = 0x12F0000000000000ull, kEvictLast = 0x14F0000000000000ull;
 
 __device__ __forceinline__ void prefetch_tensormap(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");

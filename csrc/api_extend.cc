@@ -1,0 +1,183 @@
+// Exports of the extend kernels (attention/extend_params.h). Every launch goes to the caller's current stream; nothing
+// is allocated. Errors: ValueError "<argument>: want <rule>, got <value>".
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/function.h>
+#include <tvm/ffi/optional.h>
+
+#include <algorithm>
+
+#include "attention/extend_params.h"
+#include "common/tensor_check.h"
+
+namespace flashcore::extend {
+namespace {
+
+using tvm::ffi::Optional;
+
+constexpr int64_t kMaxRatio = 64, kMaxTokens = 1 << 20;
+
+WorkspaceLayout checked_layout(int64_t max_rows, int64_t max_tokens, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                               int64_t partial_capacity) {
+  FC_CHECK(kv_heads > 0 && heads > 0 && heads % kv_heads == 0 && heads / kv_heads <= kMaxRatio)
+      << "heads: want a multiple of kv_heads, at most " << kMaxRatio << " times it, got " << heads << " heads on "
+      << kv_heads << " KV heads";
+  FC_CHECK(head_dim == 64 || head_dim == 128 || head_dim == 256) << "head_dim: want 64, 128 or 256, got " << head_dim;
+  FC_CHECK(max_rows >= 1 && max_rows <= kMaxBatch) << "max_rows: want 1 .. " << kMaxBatch << ", got " << max_rows;
+  FC_CHECK(max_tokens >= 1 && max_tokens <= kMaxTokens)
+      << "max_tokens: want 1 .. " << kMaxTokens << ", got " << max_tokens;
+  FC_CHECK(partial_capacity >= 0 && partial_capacity < (1 << 16))
+      << "partial_capacity: want 0 .. 65535, got " << partial_capacity;
+  return workspace_layout(max_rows, max_tokens, heads, kv_heads, head_dim, partial_capacity);
+}
+
+Workspace checked_workspace(const TensorView& workspace, const WorkspaceLayout& w) {
+  check_device("workspace", workspace, workspace);
+  const size_t bytes = workspace.numel() * workspace.dtype().bits / 8;
+  FC_CHECK(workspace.IsContiguous() && bytes >= w.bytes)
+      << "workspace: want at least " << w.bytes << " contiguous bytes (extend_workspace_bytes), got " << bytes;
+  FC_CHECK(reinterpret_cast<uintptr_t>(workspace.data_ptr()) % 256 == 0)
+      << "workspace: want 256-byte alignment, got address " << workspace.data_ptr();
+  return bind_workspace(w, workspace.data_ptr());
+}
+
+int log2_of(int64_t page_size) {
+  FC_CHECK(page_size >= 1 && page_size <= 1024 && (page_size & (page_size - 1)) == 0)
+      << "page_size: want a power of two up to 1024, got " << page_size;
+  return __builtin_ctzll(page_size);
+}
+
+int64_t extend_workspace_bytes(int64_t max_rows, int64_t max_tokens, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                               int64_t partial_capacity) {
+  return static_cast<int64_t>(checked_layout(max_rows, max_tokens, heads, kv_heads, head_dim, partial_capacity).bytes);
+}
+
+bool check_lens(const char* name, const TensorView& t, const TensorView& like, int64_t rows) {
+  check_device(name, t, like);
+  FC_CHECK(t.ndim() == 1 && t.size(0) == rows && t.dtype().code == kDLInt &&
+           (t.dtype().bits == 32 || t.dtype().bits == 64) && t.IsContiguous())
+      << name << ": want contiguous [" << rows << "] int32 or int64, got " << shape_text(t) << " of "
+      << static_cast<int>(t.dtype().bits) << " bits";
+  return t.dtype().bits == 64;
+}
+
+void extend_schedule(TensorView sizes, TensorView row_order, TensorView segment_rows, TensorView segment_positions,
+                     TensorView segment_entries, TensorView row_indptr, TensorView row_segments, TensorView seq_lens,
+                     TensorView q_lens, TensorView workspace, int64_t num_tokens, int64_t table_stride,
+                     int64_t page_size, int64_t max_rows, int64_t max_tokens, int64_t heads, int64_t kv_heads,
+                     int64_t head_dim, int64_t partial_capacity, int64_t visible, int64_t window_left) {
+  const WorkspaceLayout w = checked_layout(max_rows, max_tokens, heads, kv_heads, head_dim, partial_capacity);
+  const int64_t batch = row_order.numel(), segments = segment_entries.numel() - 1;
+  FC_CHECK(batch >= 1 && batch <= max_rows) << "row_order: want 1 .. " << max_rows << " rows, got " << batch;
+  FC_CHECK(num_tokens >= 0 && num_tokens <= max_tokens)
+      << "num_tokens: want 0 .. " << max_tokens << ", got " << num_tokens;
+  FC_CHECK(table_stride >= 1 && table_stride * page_size < (int64_t{1} << 31))
+      << "table_stride: want 1 .. 2^31 - 1 tokens, got " << table_stride << " pages of " << page_size;
+  FC_CHECK(visible >= 0 && visible <= 2) << "visible: want 0 (causal), 1 (all) or 2 (masked), got " << visible;
+  FC_CHECK(window_left < 0 || visible == 0)
+      << "window_left: want causal attention with a window, got visible " << visible;
+  log2_of(page_size);
+  ScheduleParams p{};
+  p.work = checked_workspace(workspace, w);
+  p.layout.sizes = int_array("sizes", sizes, workspace, 4);
+  p.layout.row_order = int_array("row_order", row_order, workspace, 1);
+  p.layout.segment_rows = int_array("segment_rows", segment_rows, workspace, 2 * segments);
+  p.layout.segment_positions = int_array("segment_positions", segment_positions, workspace, 2 * segments);
+  p.layout.page_indptr = int_array("segment_entries", segment_entries, workspace, 2);
+  p.layout.row_indptr = int_array("row_indptr", row_indptr, workspace, batch + 1);
+  p.layout.row_segments = int_array("row_segments", row_segments, workspace, 1);
+  p.layout.batch = batch;
+  p.layout.segment_capacity = segments;
+  p.layout.row_segment_capacity = row_segments.numel();
+  p.layout.page_size = page_size;
+  p.seq_lens_are_64bit = check_lens("seq_lens", seq_lens, workspace, batch);
+  p.q_lens_are_64bit = check_lens("q_lens", q_lens, workspace, batch);
+  p.seq_lens = seq_lens.data_ptr();
+  p.q_lens = q_lens.data_ptr();
+  p.num_tokens = num_tokens;
+  p.table_stride = table_stride;
+  p.visible = static_cast<Visible>(visible);
+  p.window_left = window_left < 0 ? -1 : static_cast<int>(std::min(window_left, int64_t{1} << 30));
+  p.kv_heads = kv_heads;
+  p.ratio = heads / kv_heads;
+  p.ctas = multiprocessors(workspace);
+  p.tile_tokens = tile_tokens(head_dim);
+  p.head_dim = head_dim;
+  launch_schedule(p, current_stream(workspace));
+}
+
+template <typename T>
+void launch_dim(const Params& p, int64_t head_dim, int ctas, cudaStream_t stream) {
+  if (head_dim == 64) launch<T, 64>(p, ctas, stream);
+  if (head_dim == 128) launch<T, 128>(p, ctas, stream);
+  if (head_dim == 256) launch<T, 256>(p, ctas, stream);
+}
+
+void extend(TensorView q, TensorView k_cache, TensorView v_cache, TensorView table, TensorView workspace,
+            TensorView out, int64_t page_size, int64_t max_rows, int64_t max_tokens, int64_t partial_capacity,
+            int64_t windowed, double scale, double logit_cap, Optional<TensorView> sinks,
+            Optional<TensorView> custom_mask) {
+  check_qkv(q, k_cache, v_cache, out);
+  for (auto& [name, t] :
+       {std::pair<const char*, const TensorView&>{"q", q}, {"k_cache", k_cache}, {"v_cache", v_cache}, {"out", out}})
+    check_device(name, t, workspace);
+  const int64_t heads = q.size(1), head_dim = q.size(2), kv_heads = k_cache.size(1);
+  const WorkspaceLayout w = checked_layout(max_rows, max_tokens, heads, kv_heads, head_dim, partial_capacity);
+  FC_CHECK(q.size(0) <= max_tokens) << "q: want at most " << max_tokens << " tokens, got " << shape_text(q);
+  FC_CHECK(scale > 0) << "scale: want a positive number, got " << scale;
+  FC_CHECK(logit_cap >= 0) << "logit_cap: want 0 (none) or a positive number, got " << logit_cap;
+  if (q.size(0) == 0) return;
+  Params p{};
+  p.work = checked_workspace(workspace, w);
+  p.q = q.data_ptr();
+  p.out = out.data_ptr();
+  p.k = k_cache.data_ptr();
+  p.v = v_cache.data_ptr();
+  p.table = int_array("table", table, workspace, 1);
+  if (sinks.has_value()) {
+    const TensorView& s = sinks.value();
+    check_device("sinks", s, workspace);
+    FC_CHECK(s.dtype().code == kDLFloat && s.dtype().bits == 32 && s.ndim() == 1 && s.size(0) == heads &&
+             s.IsContiguous())
+        << "sinks: want contiguous float32 [" << heads << "], got " << shape_text(s);
+    p.sinks = static_cast<const float*>(s.data_ptr());
+  }
+  if (custom_mask.has_value()) {
+    const TensorView& m = custom_mask.value();
+    check_device("custom_mask", m, workspace);
+    FC_CHECK(m.dtype().bits == 8 && m.ndim() == 1 && m.IsContiguous() && m.numel() < (int64_t{1} << 31))
+        << "custom_mask: want one contiguous dimension of bool or uint8, fewer than 2^31, got " << shape_text(m)
+        << " of " << static_cast<int>(m.dtype().bits) << " bits";
+    p.custom_mask = static_cast<const uint8_t*>(m.data_ptr());
+    p.mask_size = m.numel();
+  }
+  p.q_row_stride = q.stride(0);
+  p.out_row_stride = out.stride(0);
+  p.kv_slot_stride = k_cache.stride(0);
+  p.kv_head_stride = k_cache.stride(1);
+  p.kv_slot_units = k_cache.stride(0) / 8;
+  p.kv_head_units = k_cache.stride(1) / 8;
+  p.heads = heads;
+  p.kv_heads = kv_heads;
+  p.ratio = heads / kv_heads;
+  p.page_shift = log2_of(page_size);
+  p.num_slots = k_cache.size(0);
+  p.table_entries = table.numel();
+  p.windowed = windowed != 0;
+  constexpr double kLog2e = 1.4426950408889634;
+  p.scale_log2 = logit_cap > 0 ? kLog2e : scale * kLog2e;
+  p.logit_cap = logit_cap;
+  p.cap_scale_log2 = logit_cap > 0 ? 2 * scale / logit_cap * kLog2e : 0;
+  const cudaStream_t stream = current_stream(workspace);
+  const int ctas = multiprocessors(workspace);
+  half_type("q", q) == DType::kBf16 ? launch_dim<__nv_bfloat16>(p, head_dim, ctas, stream)
+                                    : launch_dim<__half>(p, head_dim, ctas, stream);
+}
+
+}  // namespace
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(extend_workspace_bytes, extend_workspace_bytes);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(extend_schedule, extend_schedule);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(extend, extend);
+}  // namespace flashcore::extend

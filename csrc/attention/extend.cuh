@@ -1,0 +1,96 @@
+// Extend attention: one persistent launch per layer; for every tile of 128 q_rows and its KV tiles
+//
+//   S = q k^T * scale (capped, masked), P = exp2(S - max S), O = P v / sum P
+//
+// A tile belongs to one KV head: the R query heads of that head and 128 / R tokens share its K and V. Its KV tiles come
+// in pieces. A row of many queries has one piece, its positions up to the last query's. Rows of few queries that share
+// a prefix lie in one tile together: the prefix is a piece that all q_rows read, and each row's own tokens are a piece
+// that the others' q_rows are masked from. So no result is ever in parts, except where a tile is cut into chunks
+// because there are too few of them; the last chunk to finish then merges all, in their order.
+//
+// Grid: one CTA per SM, 384 threads.
+//   warp 0           planner: takes items, turns page ids into slots two tiles ahead of the loaders
+//   warps 1-3        loaders: q, K, V. 128 consecutive slots are one TMA box, 8 consecutive ones a small box, others
+//                    come by cp.async
+//   warps 4-7, 8-11  two consumer warpgroups (232 registers), 64 q_rows each; q in registers (d 256: shared memory).
+//                    The softmax of a tile runs while the tensor cores do P V of the tile before and the other
+//                    warpgroup's products
+//
+// Shared memory, D 128: 6 buffers of 128 tokens x 256 B (K, V, K, V, ...) + q 32 KiB + 2.3 KiB = 226.3 KiB. The layout
+// of a tile is decode's (tiles.cuh).
+#pragma once
+#include "attention/extend_consumer.cuh"
+#include "attention/extend_loader.cuh"
+#include "attention/extend_planner.cuh"
+#include "attention/launch.h"
+
+namespace flashcore::extend {
+
+template <class C>
+__global__ void __launch_bounds__(kThreads, 1)
+    extend_kernel(const __grid_constant__ Params p, const __grid_constant__ TensorMaps maps) {
+  extern __shared__ __align__(1024) char raw[];
+  auto& s = *reinterpret_cast<SharedStorage<C>*>(raw);
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < C::kBuffers; ++i) {
+      ptx::mbarrier_init(ptx::smem_address(&s.full[i]), kFullArrivals);
+      ptx::mbarrier_init(ptx::smem_address(&s.empty[i]), 2);
+    }
+    ptx::mbarrier_init(ptx::smem_address(&s.q_full), kQArrivals);
+    ptx::mbarrier_init(ptx::smem_address(&s.q_empty), 8);
+    for (int i = 0; i < kPlanned; ++i) {
+      ptx::mbarrier_init(ptx::smem_address(&s.planned[i]), 1);
+      ptx::mbarrier_init(ptx::smem_address(&s.loaded[i]), kLoaders);
+    }
+    ptx::fence_mbarrier_init();
+    for (int i = 0; i < 2; ++i) {
+      ptx::prefetch_tensormap(&maps.k[i]);
+      ptx::prefetch_tensormap(&maps.v[i]);
+    }
+  }
+  ptx::grid_dependency_wait();
+  if (threadIdx.x == 0) s.total = min(max(p.work.header->items, 0), p.work.item_capacity);
+  __syncthreads();
+  ptx::grid_dependency_launch();
+  if (warp < 4) {
+    ptx::setmaxnreg_dec<kProducerRegisters>();
+    if (warp == 0) {
+      plan<C>(p, s, static_cast<int>(threadIdx.x % 32));
+    } else {
+      load<C>(p, maps, s, warp - 1, static_cast<int>(threadIdx.x % 32));
+    }
+  } else {
+    ptx::setmaxnreg_inc<kConsumerRegisters>();
+    consume<C>(p, s);
+  }
+}
+
+template <class C>
+void launch_kernel(const Params& p, int ctas, cudaStream_t stream) {
+  constexpr int kSmemBytes = sizeof(SharedStorage<C>);
+  static_assert(kSmemBytes <= 232448);
+  TensorMaps maps;
+  const DType dtype = std::is_same_v<typename C::T, __half> ? DType::kFp16 : DType::kBf16;
+  for (int i = 0; i < 2; ++i) {
+    const int tokens = i == 0 ? 8 : C::kTile;
+    encode_kv_map(&maps.k[i], dtype, p.k, p.num_slots, p.kv_heads, C::kHeadDim, p.kv_slot_stride, p.kv_head_stride,
+                  tokens);
+    encode_kv_map(&maps.v[i], dtype, p.v, p.num_slots, p.kv_heads, C::kHeadDim, p.kv_slot_stride, p.kv_head_stride,
+                  tokens);
+  }
+  auto* kernel = extend_kernel<C>;
+  FC_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes));
+  launch_dependent(kernel, dim3(ctas), dim3(kThreads), kSmemBytes, stream, p, maps);
+}
+
+template <typename T, int kHeadDim>
+void launch(const Params& p, int ctas, cudaStream_t stream) {
+  if (p.logit_cap > 0.f || p.windowed || p.custom_mask != nullptr) {
+    launch_kernel<Traits<T, kHeadDim, true>>(p, ctas, stream);
+  } else {
+    launch_kernel<Traits<T, kHeadDim, false>>(p, ctas, stream);
+  }
+}
+
+}  // namespace flashcore::extend

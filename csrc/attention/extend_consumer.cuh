@@ -1,0 +1,403 @@
+// Consumer warpgroups: the KV tiles of an item through the two products (extend_products.cuh), masks, and results.
+#pragma once
+#include "attention/extend_products.cuh"
+
+namespace flashcore::extend {
+
+__device__ __forceinline__ int warpgroup_id() { return ptx::thread_id() / 128 - 1; }
+// The first of the thread's two rows of its item's tile; the other one is 8 below.
+__device__ __forceinline__ int first_row() {
+  const int thread = ptx::thread_id();
+  return thread / 32 % 4 * 16 + thread % 32 / 4 + (thread / 128 - 1) * (kRows / 2);
+}
+
+template <class C>
+__device__ __forceinline__ void wait_full(SharedStorage<C>& s, const Ring<C::kBuffers>& ring) {
+  ptx::mbarrier_wait(ptx::smem_address(&s.full[ring.slot()]), ring.phase());
+}
+
+// Scattered tokens came by cp.async, through the generic proxy.
+__device__ __forceinline__ void see_scattered(uint32_t flags) {
+  if (flags & kScattered) ptx::fence_proxy_async();
+}
+
+template <class C>
+__device__ __forceinline__ bool test_full(SharedStorage<C>& s, const Ring<C::kBuffers>& ring) {
+  return ptx::mbarrier_try_wait(ptx::smem_address(&s.full[ring.slot()]), ring.phase());
+}
+
+// `signals`: one thread of the warpgroup.
+template <class C>
+__device__ __forceinline__ void release(SharedStorage<C>& s, const Ring<C::kBuffers>& ring, bool signals) {
+  if (signals) ptx::mbarrier_arrive(ptx::smem_address(&s.empty[ring.slot()]));
+}
+
+// The packed token of a row of the tile, or null where the tile has no such row.
+__device__ __forceinline__ const Token* token_of(const Params& p, const Item& item, int row) {
+  return row < item.q_rows ? p.work.tokens + (item.q_row + row) / p.ratio : nullptr;
+}
+
+// What a row does not see because of a sliding window or a custom mask; `limit`: tokens it sees else, from the thread's
+// first column on.
+template <class C>
+__device__ __forceinline__ void hide_by_window_and_mask(const Params& p, const Item& item, const Tile& tile,
+                                                        float (&scores)[C::kTile / 2], int r, int row, int limit) {
+  const Token* token = token_of(p, item, row);
+  if (token == nullptr) return;
+  const int column = (ptx::thread_id() & 3) * 2;
+  if (p.windowed) {
+    const int begin = __ldg(&token->begin) - tile.position - column;
+#pragma unroll
+    for (int j = 0; j < C::kTile / 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (j * 8 + i < begin) scores[j * 4 + r * 2 + i] = -INFINITY;
+      }
+    }
+  }
+  const int mask = p.custom_mask != nullptr ? __ldg(&token->mask) : -1;
+  if (mask < 0) return;
+  const int64_t at = static_cast<int64_t>(mask) + tile.position + column;
+#pragma unroll
+  for (int j = 0; j < C::kTile / 8; ++j) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int64_t here = at + j * 8 + i;
+      if (j * 8 + i < limit && (here >= p.mask_size || __ldg(p.custom_mask + here) == 0))
+        scores[j * 4 + r * 2 + i] = -INFINITY;
+    }
+  }
+}
+
+// Hides what the thread's rows do not see. `ends`: first positions they do not see.
+template <class C>
+__device__ __forceinline__ void hide(const Params& p, const Item& item, const Tile& tile, float (&scores)[C::kTile / 2],
+                                     const int (&ends)[2]) {
+  const int valid = tile.bits & 0xFF, first = (tile.bits >> 8) & 0xFF, end = (tile.bits >> 16) & 0xFF;
+  const int column = (ptx::thread_id() & 3) * 2;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = first_row() + 8 * r;
+    const int limit = (row >= first && row < end ? min(valid, ends[r] - tile.position) : 0) - column;
+#pragma unroll
+    for (int j = 0; j < C::kTile / 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (j * 8 + i >= limit) scores[j * 4 + r * 2 + i] = -INFINITY;
+      }
+    }
+    if constexpr (C::kGeneral) hide_by_window_and_mask<C>(p, item, tile, scores, r, row, limit);
+  }
+}
+
+// Sixteen bits of two columns each of four neighbouring column groups -> eight columns of one group: a 4 x 4 transpose
+// among the four lanes of a row, so that they store 64 consecutive bytes.
+__device__ __forceinline__ uint4 transpose_quad(const uint32_t (&x)[4]) {
+  const int lane = ptx::thread_id() & 3;
+  const bool odd = lane & 1, high = lane & 2;
+  // Lanes 1 apart exchange, then lanes 2 apart.
+  const uint32_t a = __shfl_xor_sync(~0u, odd ? x[0] : x[1], 1), b = __shfl_xor_sync(~0u, odd ? x[2] : x[3], 1);
+  const uint32_t p0 = odd ? a : x[0], p1 = odd ? x[1] : a, p2 = odd ? b : x[2], p3 = odd ? x[3] : b;
+  const uint32_t c = __shfl_xor_sync(~0u, high ? p0 : p2, 2), d = __shfl_xor_sync(~0u, high ? p1 : p3, 2);
+  return high ? make_uint4(c, d, p2, p3) : make_uint4(p0, p1, c, d);
+}
+
+// Divides, adds the sink, and stores to out.
+template <class C>
+__device__ __forceinline__ void store_out(const Params& p, const Item& item, Accumulators<C>& acc,
+                                          const int (&indices)[2]) {
+  using T = typename C::T;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int head = item.kv_head * p.ratio + (item.q_row + first_row() + 8 * r) % p.ratio;
+    float sum = acc.sum[r];
+    if (p.sinks != nullptr) sum += ptx::exp2_approx(p.sinks[head] * decode::kLog2e - acc.max[r] * p.scale_log2);
+    const float inverse = acc.max[r] == -INFINITY ? 0.f : 1.f / sum;
+    T* out = static_cast<T*>(p.out) + indices[r] * p.out_row_stride + head * C::kHeadDim + (ptx::thread_id() & 3) * 8;
+#pragma unroll
+    for (int j = 0; j < C::kHeadDim / 8; j += 4) {
+      uint32_t x[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int at = (j + i) * 4 + r * 2;
+        x[i] = decode::pack(acc.o[at] * inverse, acc.o[at + 1] * inverse, static_cast<T*>(nullptr));
+      }
+      const uint4 y = transpose_quad(x);
+      if (indices[r] >= 0) *reinterpret_cast<uint4*>(out + j * 8) = y;
+    }
+  }
+}
+
+template <class C>
+__device__ __forceinline__ void store_partial(const Params& p, const Item& item, Accumulators<C>& acc, int slot) {
+  const int column = (ptx::thread_id() & 3) * 2;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const bool empty = acc.max[r] == -INFINITY;
+    const float inverse = empty ? 0.f : 1.f / acc.sum[r];
+    const int64_t at = static_cast<int64_t>(slot) * kRows + first_row() + 8 * r;
+    float* out = p.work.partial_out + at * C::kHeadDim + column;
+#pragma unroll
+    for (int j = 0; j < C::kHeadDim / 8; ++j)
+      __stcg(reinterpret_cast<float2*>(out + j * 8),
+             make_float2(acc.o[j * 4 + r * 2] * inverse, acc.o[j * 4 + r * 2 + 1] * inverse));
+    if (column == 0)
+      __stcg(p.work.partial_lse2 + at, empty ? -INFINITY : acc.max[r] * p.scale_log2 + log2f(acc.sum[r]));
+  }
+}
+
+__device__ __forceinline__ void sync_warpgroup() {
+  asm volatile("barrier.cta.sync %0, 128;" ::"r"(1 + warpgroup_id()) : "memory");
+}
+
+// The warpgroup that finishes a tile's last chunk adds up all of them, in the order of the chunks whoever it is:
+// out = sum w_i O_i / (sum w_i + sink), w_i = exp2(lse2_i - max). A warp takes a row at a time.
+template <class C>
+__device__ __forceinline__ void merge_chunks(const Params& p, SharedStorage<C>& s, const Item& item) {
+  using T = typename C::T;
+  const int chunks = item.chunk >> 16, half = warpgroup_id();
+  __threadfence();
+  sync_warpgroup();
+  if (ptx::thread_id() % 128 == 0) {
+    int* counter = p.work.counters + 2 * item.partial + half;
+    const bool last = atomicAdd(counter, 1) == chunks - 1;
+    if (last) *counter = 0;
+    s.last_arriver[half] = last;
+    __threadfence();
+  }
+  sync_warpgroup();
+  const bool last = s.last_arriver[half];
+  sync_warpgroup();  // before the next item's
+  if (!last) return;
+  constexpr int kPer = C::kHeadDim / 32;
+  const int lane = ptx::thread_id() % 32, warp = ptx::thread_id() / 32 % 4;
+#pragma unroll 1
+  for (int i = warp; i < kRows / 2; i += 4) {
+    const int row = half * (kRows / 2) + i;
+    const Token* token = token_of(p, item, row);
+    if (token == nullptr) break;
+    const int64_t at = static_cast<int64_t>(item.partial) * kRows + row;
+    float best = -INFINITY;
+    for (int c = lane; c < chunks; c += 32) best = fmaxf(best, __ldcg(p.work.partial_lse2 + at + int64_t{c} * kRows));
+#pragma unroll
+    for (int d = 16; d > 0; d /= 2) best = fmaxf(best, __shfl_xor_sync(~0u, best, d));
+    const int head = item.kv_head * p.ratio + (item.q_row + row) % p.ratio;
+    float total = 0.f, out[kPer] = {};
+    if (best > -INFINITY) {
+#pragma unroll 2
+      for (int c = 0; c < chunks; ++c) {
+        const int64_t from = at + int64_t{c} * kRows;
+        const float w = ptx::exp2_approx(__ldcg(p.work.partial_lse2 + from) - best);
+        total += w;
+#pragma unroll
+        for (int k = 0; k < kPer; k += 2) {
+          const float2 x =
+              __ldcg(reinterpret_cast<const float2*>(p.work.partial_out + from * C::kHeadDim) + k * 16 + lane);
+          out[k] = fmaf(w, x.x, out[k]);
+          out[k + 1] = fmaf(w, x.y, out[k + 1]);
+        }
+      }
+      if (p.sinks != nullptr) total += ptx::exp2_approx(p.sinks[head] * decode::kLog2e - best);
+    }
+    const float inverse = total > 0.f ? 1.f / total : 0.f;
+    T* dst = static_cast<T*>(p.out) + __ldg(&token->index) * p.out_row_stride + head * C::kHeadDim;
+#pragma unroll
+    for (int k = 0; k < kPer; k += 2)
+      reinterpret_cast<uint32_t*>(dst)[k * 16 + lane] =
+          decode::pack(out[k] * inverse, out[k + 1] * inverse, static_cast<T*>(nullptr));
+  }
+}
+
+// What a consumer keeps of its item.
+struct Rows {
+  int ends[2];     // of the thread's two rows: the first position that it does not see
+  int indices[2];  // in out; -1: there is no such row
+};
+
+template <class C>
+__device__ __forceinline__ Rows load_rows(const Params& p, const Item& item) {
+  Rows rows;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const Token* token = token_of(p, item, first_row() + 8 * r);
+    rows.ends[r] = token != nullptr ? __ldg(&token->end) : 0;
+    // d 256 has no registers left for it, and asks again at the end.
+    if constexpr (C::kQInRegisters) rows.indices[r] = token != nullptr ? __ldg(&token->index) : -1;
+  }
+  return rows;
+}
+
+template <class C>
+__device__ __forceinline__ void reset(Accumulators<C>& acc) {
+#pragma unroll
+  for (int i = 0; i < C::kHeadDim / 2; ++i) acc.o[i] = 0.f;
+  acc.max[0] = acc.max[1] = -INFINITY;
+  acc.sum[0] = acc.sum[1] = 0.f;
+}
+
+template <class C>
+__device__ __forceinline__ void finish_item(const Params& p, SharedStorage<C>& s, const Item& item,
+                                            Accumulators<C>& acc, Rows rows) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    if constexpr (!C::kQInRegisters) {
+      const Token* token = token_of(p, item, first_row() + 8 * r);
+      rows.indices[r] = token != nullptr ? __ldg(&token->index) : -1;
+    }
+    acc.sum[r] += __shfl_xor_sync(~0u, acc.sum[r], 1);
+    acc.sum[r] += __shfl_xor_sync(~0u, acc.sum[r], 2);
+  }
+  if (item.partial < 0) {
+    store_out<C>(p, item, acc, rows.indices);
+  } else {
+    store_partial<C>(p, item, acc, item.partial + (item.chunk & 0xFFFF));
+    merge_chunks<C>(p, s, item);
+  }
+}
+
+// q of an item, once it is there. In registers it leaves its buffer at once.
+template <class C>
+__device__ __forceinline__ void take_q(SharedStorage<C>& s, uint32_t (&q)[C::kQInRegisters ? C::kHeadDim / 16 : 1][4],
+                                       int item) {
+  ptx::mbarrier_wait(ptx::smem_address(&s.q_full), item & 1);
+  if constexpr (C::kQInRegisters) {
+    decode::load_q_fragments<C>(q, ptx::smem_address(s.q[warpgroup_id()]), ptx::thread_id() / 32 % 4,
+                                ptx::thread_id() % 32);
+    __syncwarp();
+    if (ptx::thread_id() % 32 == 0) ptx::mbarrier_arrive(ptx::smem_address(&s.q_empty));
+  } else {
+    ptx::fence_proxy_async();
+  }
+}
+
+// The last scores of an item are there: q in shared memory may go.
+template <class C>
+__device__ __forceinline__ void leave_q(SharedStorage<C>& s, uint32_t flags) {
+  if constexpr (!C::kQInRegisters) {
+    __syncwarp();
+    if ((flags & kLast) && ptx::thread_id() % 32 == 0) ptx::mbarrier_arrive(ptx::smem_address(&s.q_empty));
+  }
+}
+
+template <class C>
+__device__ __forceinline__ void mask_and_cap(const Params& p, const Item& item, const Tile& tile, uint32_t flags,
+                                             float (&scores)[C::kTile / 2], const Rows& rows) {
+  if constexpr (C::kGeneral) cap_scores<C::kTile>(p, scores);
+  if (flags & kMasked) hide<C>(p, item, tile, scores, rows.ends);
+}
+
+// What comes after a tile: its V and the K of the next tile. Looked for while there is other work, because the answers
+// of a barrier and of shared memory take 100 cycles.
+template <class C>
+struct Ahead {
+  Ring<C::kBuffers> v, k;
+  int tile;
+  uint32_t flags;
+  bool ready;  // both are there, and so `flags` are the tile's
+
+  __device__ __forceinline__ void look(SharedStorage<C>& s, const Ring<C::kBuffers>& ring, int current) {
+    v = ring.next();
+    k = v.next();
+    tile = (current + 1) % kTiles;
+    const bool v_ready = test_full<C>(s, v), k_ready = test_full<C>(s, k);
+    ready = v_ready && k_ready;
+    flags = s.tiles[tile].bits >> kFlagShift;
+  }
+  __device__ __forceinline__ void wait(SharedStorage<C>& s) {
+    if (ready) return;
+    wait_full<C>(s, v);
+    wait_full<C>(s, k);
+    flags = s.tiles[tile].bits >> kFlagShift;
+  }
+};
+
+// All tiles of the CTA, one behind the other: the first product of an item is issued beside the last product of the
+// item before.
+template <class C>
+__device__ __forceinline__ void consume(const Params& p, SharedStorage<C>& s) {
+  constexpr int kTile = C::kTile;
+  const bool signals = ptx::thread_id() % 128 == 0;
+  Ring<C::kBuffers> ring;
+  int tile = 0, item = 0;
+  wait_full<C>(s, ring);
+  uint32_t flags = s.tiles[tile].bits >> kFlagShift;
+  if (flags & kEnd) return;
+
+  const uint32_t q_smem = ptx::smem_address(s.q[warpgroup_id()]);
+  uint32_t q[C::kQInRegisters ? C::kHeadDim / 16 : 1][4], probs[kTile / 16][4];
+  float scores[kTile / 2], alpha[2];
+  Accumulators<C> acc;
+  Ahead<C> ahead;
+  Rows rows = load_rows<C>(p, s.items[item]);
+  reset<C>(acc);
+#pragma unroll
+  for (int i = 0; i < kTile / 2; ++i) scores[i] = 0.f;
+  take_q<C>(s, q, item);
+  see_scattered(flags);
+  ptx::wgmma_touch(scores);
+  ptx::wgmma_fence();
+  issue_qk<C, kTile>(scores, q, q_smem, ptx::smem_address(s.buffers[ring.slot()]));
+  ptx::wgmma_wait<0>();
+  ptx::wgmma_touch(scores);
+  release<C>(s, ring, signals);
+  leave_q<C>(s, flags);
+  mask_and_cap<C>(p, s.items[item], s.tiles[tile], flags, scores, rows);
+  softmax_rows<C, kTile>(p, scores, acc, alpha);
+  ahead.look(s, ring, tile);
+  decode::round_probs<C, kTile>(probs, scores);
+
+#pragma unroll 1
+  while (true) {
+    ahead.wait(s);
+    if (ahead.flags & kEnd) break;
+    const uint32_t v_flags = flags;
+    flags = ahead.flags;
+    tile = ahead.tile;
+    ring = ahead.k;
+    const bool first = v_flags & kLast;
+    if (first || ((flags | v_flags) & kScattered)) {
+      if (first) take_q<C>(s, q, item + 1);
+      see_scattered(flags | v_flags);
+    }
+    ptx::wgmma_touch(scores);
+    ptx::wgmma_touch(acc.o);
+    ptx::wgmma_fence();
+    issue_qk<C, kTile>(scores, q, q_smem, ptx::smem_address(s.buffers[ring.slot()]));
+    issue_pv<C, kTile>(acc.o, probs, ptx::smem_address(s.buffers[ahead.v.slot()]));
+    ptx::wgmma_wait<1>();
+    // scores are there; P V of the tile before runs on under the softmax
+    ptx::wgmma_touch(scores);
+    release<C>(s, ring, signals);
+    leave_q<C>(s, flags);
+    if (first) {
+      ptx::wgmma_wait<0>();
+      ptx::wgmma_touch(acc.o);
+      release<C>(s, ahead.v, signals);
+      finish_item<C>(p, s, s.items[item % kItems], acc, rows);
+      ++item;
+      rows = load_rows<C>(p, s.items[item % kItems]);
+      reset<C>(acc);
+    }
+    mask_and_cap<C>(p, s.items[item % kItems], s.tiles[tile], flags, scores, rows);
+    softmax_rows<C, kTile>(p, scores, acc, alpha);
+    const Ring<C::kBuffers> v_ring = ahead.v;
+    ahead.look(s, ring, tile);
+    if (!first) {
+      ptx::wgmma_wait<0>();
+      ptx::wgmma_touch(acc.o);
+      release<C>(s, v_ring, signals);
+#pragma unroll
+      for (int i = 0; i < C::kHeadDim / 2; ++i) acc.o[i] *= alpha[(i >> 1) & 1];
+    }
+    decode::round_probs<C, kTile>(probs, scores);
+  }
+  see_scattered(flags);
+  ptx::wgmma_touch(acc.o);
+  ptx::wgmma_fence();
+  issue_pv<C, kTile>(acc.o, probs, ptx::smem_address(s.buffers[ahead.v.slot()]));
+  ptx::wgmma_wait<0>();
+  ptx::wgmma_touch(acc.o);
+  finish_item<C>(p, s, s.items[item % kItems], acc, rows);
+}
+
+}  // namespace flashcore::extend

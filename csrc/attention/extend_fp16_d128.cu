@@ -1,0 +1,2 @@
+#include "attention/extend.cuh"
+template void flashcore::extend::launch<__half, 128>(const Params&, int, cudaStream_t);

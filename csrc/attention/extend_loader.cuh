@@ -1,0 +1,124 @@
+// Producer warps 1 to 3: K, V and q into shared memory. A tile of consecutive slots is one TMA box; of others, groups
+// of eight consecutive tokens are boxes, and the rest goes by cp.async.
+#pragma once
+#include "attention/extend_tiles.cuh"
+
+namespace flashcore::extend {
+
+// Arrivals that fill a buffer: an asynchronous one of every lane and one of every warp.
+constexpr int kFullArrivals = kLoaders * 33;
+constexpr int kQArrivals = kLoaders * 32;
+constexpr uint64_t kKeepInL2 = ptx::kEvictLast;  // other tiles of q_rows read the same K and V
+
+// This warp's third of a tile's groups. Tokens past the end get zeros, because stale bytes may be NaN, and 0 * NaN in
+// P V would poison every row.
+template <class C>
+__device__ __forceinline__ void load_groups(const Params& p, const uint32_t* slots, uint32_t boxes, uint32_t dst,
+                                            uint32_t full, const CUtensorMap* map, const void* pool, int kv_head,
+                                            int loader, int lane) {
+  constexpr int kGroups = C::kTile / 8, kRowsPerStep = 32 / C::kChunks, kBatch = C::kChunks == 16 ? 4 : 2;
+  const bool box = lane < kGroups && lane % kLoaders == loader && ((boxes >> lane) & 1);
+  const int count = __popc(__ballot_sync(~0u, box));
+  if (lane == 0) {
+    ptx::mbarrier_expect_tx(full, count * C::kGroupBytes);
+    ptx::mbarrier_arrive(full);
+  }
+  __syncwarp();
+  if (box)
+    ptx::tma_load_5d(dst + lane * C::kGroupBytes, map, full, kKeepInL2, 0, static_cast<int>(slots[lane * 8]), 0, 0,
+                     kv_head);
+  const int sub = lane / C::kChunks, chunk = lane % C::kChunks;
+  const int4* src = static_cast<const int4*>(pool) + static_cast<size_t>(kv_head) * p.kv_head_units + chunk;
+#pragma unroll 1
+  for (int g = loader; g < kGroups; g += kLoaders) {
+    if ((boxes >> g) & 1) continue;
+#pragma unroll
+    for (int r = 0; r < 8; r += kBatch * kRowsPerStep) {
+      uint32_t at[kBatch];
+      const int4* from[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) at[i] = slots[g * 8 + r + i * kRowsPerStep + sub];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        // One instruction, and registers of its own: a copy holds those of its address for long.
+        asm volatile("mad.wide.u32 %0, %1, 16, %2;" : "=l"(from[i]) : "r"(at[i] == kNoToken ? 0 : at[i]), "l"(src));
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i)
+        ptx::cp_async_16(dst + g * C::kGroupBytes + tile_offset<C>(r + i * kRowsPerStep + sub, chunk), from[i],
+                         at[i] == kNoToken ? 0 : 16);
+    }
+  }
+  ptx::cp_async_mbarrier_arrive(full);
+}
+
+// This warp's third of an item's q. Rows that do not exist keep what was there: nothing of theirs is stored.
+template <class C>
+__device__ __forceinline__ void load_q(const Params& p, SharedStorage<C>& s, const Item& item, int loader, int lane) {
+  constexpr int kRowsPerStep = 32 / C::kChunks;
+  const uint32_t full = ptx::smem_address(&s.q_full), base = ptx::smem_address(s.q[0]);
+  const int sub = lane / C::kChunks, chunk = lane % C::kChunks;
+  const typename C::T* q = static_cast<const typename C::T*>(p.q) + item.kv_head * p.ratio * C::kHeadDim + chunk * 8;
+  const int q_rows = item.q_rows, q_row = item.q_row;
+#pragma unroll 1
+  for (int first = loader * 32; first < q_rows; first += kLoaders * 32) {
+    const int mine = q_row + first + lane, token = mine / p.ratio, head = mine - token * p.ratio;
+    const int index = first + lane < q_rows ? __ldg(&p.work.tokens[token].index) : -1;
+    const int offset = index >= 0 ? static_cast<int>(index * p.q_row_stride) + head * C::kHeadDim : -1;
+#pragma unroll 4
+    for (int r = 0; r < 32; r += kRowsPerStep) {
+      const int from = __shfl_sync(~0u, offset, r + sub);
+      if (from >= 0) ptx::cp_async_16(base + tile_offset<C>(first + r + sub, chunk), q + from, 16);
+    }
+  }
+  ptx::cp_async_mbarrier_arrive(full);
+}
+
+template <class C>
+__device__ __forceinline__ void load(const Params& p, const TensorMaps& maps, SharedStorage<C>& s, int loader,
+                                     int lane) {
+  Ring<kPlanned> planned;
+  Ring<C::kBuffers> ring;
+  uint32_t q_phase = 0;
+  while (true) {
+    ptx::mbarrier_wait(ptx::smem_address(&s.planned[planned.slot()]), planned.phase());
+    const Load tile = s.loads[planned.slot()];
+    const uint32_t flags = static_cast<uint32_t>(tile.item) >> kFlagShift;
+    const Item& item = s.items[tile.item & (kItems - 1)];
+    const int kv_head = item.kv_head;
+#pragma unroll 1
+    for (int kv = 0; kv < 2; ++kv) {  // one copy of the code: registers are short here
+      const uint32_t full = ptx::smem_address(&s.full[ring.slot()]), dst = ptx::smem_address(s.buffers[ring.slot()]);
+      ptx::mbarrier_wait(ptx::smem_address(&s.empty[ring.slot()]), ring.phase() ^ 1);
+      if (flags & kEnd) {  // wakes the consumers
+        if (lane == 0) ptx::mbarrier_arrive(full, 33);
+        return;
+      }
+      const CUtensorMap* map = kv == 0 ? maps.k : maps.v;
+      if (tile.first >= 0) {
+        if (lane == 0) {
+          if (loader == kv) {
+            ptx::mbarrier_expect_tx(full, C::kBufferBytes);
+            ptx::tma_load_5d(dst, map + 1, full, kKeepInL2, 0, tile.first, 0, 0, kv_head);
+          }
+          ptx::mbarrier_arrive(full, 33);
+        }
+      } else {
+        load_groups<C>(p, s.slots[planned.slot()], tile.boxes, dst, full, map, kv == 0 ? p.k : p.v, kv_head, loader,
+                       lane);
+      }
+      // After K, so that K is not kept waiting by an item that still needs its q.
+      if (kv == 0 && (flags & kFirst)) {
+        ptx::mbarrier_wait(ptx::smem_address(&s.q_empty), q_phase ^ 1);
+        load_q<C>(p, s, item, loader, lane);
+        q_phase ^= 1;
+      }
+      ring.advance();
+    }
+    __syncwarp();
+    if (lane == 0) ptx::mbarrier_arrive(ptx::smem_address(&s.loaded[planned.slot()]));
+    planned.advance();
+  }
+}
+
+}  // namespace flashcore::extend

@@ -1,0 +1,164 @@
+// Extend attention (prefill, chunks on a cached prefix, verify): sizes, workspace and params of its two kernels
+// (extend_schedule.cu -> extend.cuh). Shape letters as in params.h, and T query tokens of the batch.
+//
+// Queries are counted in packed order: the tokens of the rows in row_order, and of each token its R = H / G heads of
+// one KV head: q_row = packed token * R + head of the group.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "attention/params.h"
+
+namespace flashcore::extend {
+
+constexpr int kRows = 128;       // q_rows of a tile
+constexpr int kMaxBatch = 1024;  // a thread of the schedule per row
+constexpr int kMaxChunks = 1024;
+
+// Consecutive positions that q_rows of one tile read, through `entry` of the page table. 32 bytes.
+struct Piece {
+  int entry;       // of the page that holds position `begin`
+  int begin;       // first position
+  int tokens;      // 0: nothing is seen
+  int from, full;  // tokens [from, full) are seen by every q_row of the tile
+  int rows;        // q_rows of the tile that read it: first | end << 16
+  int pad[2];
+};
+
+// One tile of q_rows for one KV head, or a chunk of its KV tiles. 64 bytes.
+struct alignas(16) Item {
+  int q_row, q_rows;  // first, 1 .. kRows
+  int kv_head;
+  int first_tile, num_tiles;  // of the KV tiles of all pieces
+  int partial;                // slot of the tile's first chunk; -1: one chunk, which goes to out
+  int chunk;                  // chunk | chunks << 16
+  int more;                   // pieces after the first: first of them in Workspace::pieces
+  Piece first;
+};
+static_assert(sizeof(Piece) == 32 && sizeof(Item) == 64);
+
+// What a packed token may see. 16 bytes.
+struct alignas(16) Token {
+  int index;       // in q and out
+  int begin, end;  // positions
+  int mask;        // element of the custom mask that stands for position 0; -1: none
+};
+
+struct Header {
+  int items;
+  int taken, finished;  // counters of the kernel, 0 between launches
+  int overflow;         // 1: there was no room for all items; wrong tables or capacities
+  int pad[12];
+};
+
+// Offsets in bytes into the workspace. All 256-aligned.
+struct WorkspaceLayout {
+  size_t header, tokens, tiles, items, pieces, counters, partial_lse2, partial_out, bytes;
+  int tile_capacity, item_capacity, piece_capacity, partial_capacity;
+};
+
+// `max_tokens`: query tokens. `partial_capacity`: chunks of split tiles, each kRows x D fp32.
+inline WorkspaceLayout workspace_layout(int64_t max_rows, int64_t max_tokens, int heads, int kv_heads, int head_dim,
+                                        int partial_capacity) {
+  WorkspaceLayout w{};
+  const int64_t ratio = heads / kv_heads;
+  const int64_t tiles = (max_tokens * ratio + kRows - 1) / kRows + max_rows;
+  w.tile_capacity = static_cast<int>(tiles);
+  w.item_capacity = static_cast<int>(tiles * kv_heads + partial_capacity);
+  w.piece_capacity = static_cast<int>(4 * max_rows + 4 * (max_tokens * ratio / kRows));
+  w.partial_capacity = partial_capacity;
+  size_t at = 0;
+  auto take = [&](size_t bytes) {
+    size_t here = at;
+    at = align_up(at + bytes);
+    return here;
+  };
+  w.header = take(sizeof(Header));
+  w.tokens = take(sizeof(Token) * max_tokens);
+  w.tiles = take(sizeof(Item) * w.tile_capacity);
+  w.items = take(sizeof(Item) * w.item_capacity);
+  w.pieces = take(sizeof(Piece) * w.piece_capacity);
+  w.counters = take(sizeof(int) * 2 * partial_capacity);
+  w.partial_lse2 = take(sizeof(float) * kRows * partial_capacity);
+  w.partial_out = take(sizeof(float) * kRows * head_dim * partial_capacity);
+  w.bytes = at;
+  return w;
+}
+
+struct Workspace {
+  Header* header;
+  Token* tokens;        // [max_tokens] in packed order
+  Item* tiles;          // [tile_capacity] scratch of the schedule
+  Item* items;          // [item_capacity] in the order in which they are to start
+  Piece* pieces;        // [piece_capacity]
+  int* counters;        // [partial, 2] chunks of a tile that are done, by warpgroup; at the tile's first chunk
+  float* partial_lse2;  // [partial, kRows]
+  float* partial_out;   // [partial, kRows, D]
+  int tile_capacity, item_capacity, piece_capacity, partial_capacity;
+};
+
+inline Workspace bind_workspace(const WorkspaceLayout& w, void* base) {
+  char* p = static_cast<char*>(base);
+  return {reinterpret_cast<Header*>(p + w.header),
+          reinterpret_cast<Token*>(p + w.tokens),
+          reinterpret_cast<Item*>(p + w.tiles),
+          reinterpret_cast<Item*>(p + w.items),
+          reinterpret_cast<Piece*>(p + w.pieces),
+          reinterpret_cast<int*>(p + w.counters),
+          reinterpret_cast<float*>(p + w.partial_lse2),
+          reinterpret_cast<float*>(p + w.partial_out),
+          w.tile_capacity,
+          w.item_capacity,
+          w.piece_capacity,
+          w.partial_capacity};
+}
+
+enum class Visible : int {
+  kCausal,  // a query sees the positions up to its own
+  kAll,     // all positions of its row
+  kMasked,  // the cached prefix, and of the new tokens those that the custom mask has
+};
+
+struct ScheduleParams {
+  LayoutView layout;  // page_indptr holds entries of `table`, as the device pager writes them
+  Workspace work;
+  const void* seq_lens;  // [B] int32 or int64
+  const void* q_lens;    // [B] int32 or int64
+  bool seq_lens_are_64bit, q_lens_are_64bit;
+  int num_tokens;    // T: what q has
+  int table_stride;  // entries of a row of the page table
+  Visible visible;
+  int window_left;  // positions seen before the query's own; -1: all. Causal only
+  int kv_heads, ratio, ctas, tile_tokens, head_dim;
+};
+
+// Strides in elements.
+struct Params {
+  const void* q;  // [T, H, D]
+  void* out;      // [T, H, D]
+  const void* k;  // [slots, G, D]
+  const void* v;
+  const int* table;            // page ids
+  const float* sinks;          // [H] natural log, or nullptr
+  const uint8_t* custom_mask;  // [sum q_len * seq_len] 0: hidden; or nullptr
+  Workspace work;
+  int64_t q_row_stride, out_row_stride;
+  uint32_t kv_slot_units, kv_head_units;   // strides of k and v in 16 bytes
+  int64_t kv_slot_stride, kv_head_stride;  // the same in elements
+  int64_t mask_size;
+  int heads, kv_heads, ratio, page_shift, num_slots, table_entries;
+  bool windowed;
+  float scale_log2, logit_cap, cap_scale_log2;  // as in DecodeParams
+};
+
+void launch_schedule(const ScheduleParams&, cudaStream_t);
+// One instantiation per file: extend_<dtype>_d<D>.cu
+template <typename T, int kHeadDim>
+void launch(const Params&, int ctas, cudaStream_t);
+
+// KV tokens of a tile, for the schedule.
+constexpr int tile_tokens(int64_t head_dim) { return head_dim == 256 ? 64 : 128; }
+
+}  // namespace flashcore::extend

@@ -1,0 +1,88 @@
+// The two matrix products of a tile and the softmax between them. Beside decode's (products.cuh) they take descriptors
+// by one addition and rows that see nothing of a tile.
+#pragma once
+#include "attention/extend_tiles.cuh"
+#include "attention/products.cuh"
+
+namespace flashcore::extend {
+
+using decode::Accumulators;
+
+// S = q k^T of one tile. Sixteen elements of d per instruction; a 64-element block is 1024 B further.
+template <class C, int kTile>
+__device__ __forceinline__ void issue_qk(float (&scores)[kTile / 2],
+                                         const uint32_t (&q)[C::kQInRegisters ? C::kHeadDim / 16 : 1][4],
+                                         uint32_t q_smem, uint32_t k_smem) {
+  const uint64_t k_first = ptx::wgmma_descriptor(k_smem, 16, C::kGroupBytes);
+  uint32_t q_at = q_smem;
+  asm volatile("" : "+r"(q_at));  // keeps the 16 descriptors from being held in registers across tiles
+  const uint64_t q_first = ptx::wgmma_descriptor(q_at, 16, C::kGroupBytes);
+#pragma unroll
+  for (int step = 0; step < C::kHeadDim / 16; ++step) {
+    const uint32_t at = (step / 4) * 1024 + (step % 4) * 32;
+    const uint64_t k_desc = ptx::wgmma_advance(k_first, at);
+    if constexpr (C::kQInRegisters) {
+      ptx::wgmma<typename C::T, kTile, 0>(scores, q[step], k_desc, step > 0);
+    } else {
+      ptx::wgmma<typename C::T, kTile, 0>(scores, ptx::wgmma_advance(q_first, at), k_desc, step > 0);
+    }
+  }
+  ptx::wgmma_commit();
+}
+
+// O += P v of one tile; sixteen tokens (two groups) per instruction.
+template <class C, int kTile>
+__device__ __forceinline__ void issue_pv(float (&o)[C::kHeadDim / 2], const uint32_t (&probs)[kTile / 16][4],
+                                         uint32_t v_smem) {
+  const uint64_t v_first = ptx::wgmma_descriptor(v_smem, 1024, C::kGroupBytes);
+#pragma unroll
+  for (int step = 0; step < kTile / 16; ++step) {
+    ptx::wgmma<typename C::T, C::kHeadDim, 1>(o, probs[step], ptx::wgmma_advance(v_first, step * 2 * C::kGroupBytes),
+                                              1);
+  }
+  ptx::wgmma_commit();
+}
+
+// Logit cap, if there is one: cap * tanh(s * scale / cap), tanh by exp2: within 1e-6 of exact.
+template <int kTile, class Params>
+__device__ __forceinline__ void cap_scores(const Params& p, float (&scores)[kTile / 2]) {
+  if (p.logit_cap > 0.f) {
+#pragma unroll
+    for (int i = 0; i < kTile / 2; ++i)
+      scores[i] = p.logit_cap - __fdividef(2.f * p.logit_cap, 1.f + ptx::exp2_approx(scores[i] * p.cap_scale_log2));
+  }
+}
+
+// Scores, of which some or all may be -inf, to probabilities in place; returns in `alpha` what the two rows' old sums
+// and outputs are to be multiplied with.
+template <class C, int kTile, class Params>
+__device__ __forceinline__ void softmax_rows(const Params& p, float (&scores)[kTile / 2], Accumulators<C>& acc,
+                                             float (&alpha)[2]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float part[4] = {acc.max[r], -INFINITY, -INFINITY, -INFINITY};  // four chains: one alone waits for itself
+#pragma unroll
+    for (int j = 0; j < kTile / 8; ++j)
+      part[j % 4] = fmaxf(part[j % 4], fmaxf(scores[j * 4 + r * 2], scores[j * 4 + r * 2 + 1]));
+    float best = fmaxf(fmaxf(part[0], part[1]), fmaxf(part[2], part[3]));
+    best = fmaxf(best, __shfl_xor_sync(~0u, best, 1));
+    best = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
+    const float base = best == -INFINITY ? 0.f : best;  // prevents (-inf) - (-inf)
+    alpha[r] = ptx::exp2_approx((acc.max[r] - base) * p.scale_log2);
+    acc.max[r] = best;
+    const float shift = base * p.scale_log2;
+    float sum = 0.f;
+#pragma unroll
+    for (int j = 0; j < kTile / 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float& x = scores[j * 4 + r * 2 + i];
+        x = ptx::exp2_approx(fmaf(x, p.scale_log2, -shift));
+        sum += x;
+      }
+    }
+    acc.sum[r] = acc.sum[r] * alpha[r] + sum;
+  }
+}
+
+}  // namespace flashcore::extend

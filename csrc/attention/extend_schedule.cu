@@ -1,0 +1,465 @@
+// Work of one extend step, from the CSR layout and the query ranges; once per step for all layers, nothing read on the
+// host. Grid: one CTA of 1024 threads, a row each.
+//
+// 1. Rows in row_order, packed tokens, what each token sees.
+// 2. Groups of rows under one first segment: all their q_rows in tiles of 128 one behind the other, or each row in
+// tiles
+//    of its own? The former reads a prefix once for up to 128 q_rows, the latter spares rows the tokens of others. The
+//    KV tiles that each takes are counted; fewer wins.
+// 3. Tiles and their pieces.
+// 4. Chunks, if there are too few tiles to occupy all CTAs; the number of chunks with the shortest estimated time wins.
+// 5. Order. (tile, KV head) units whose K and V fit in the L2 together are neighbours, among them the longest first, so
+//    that causal work ends evenly. By counting sort; the order within a bucket may differ between runs, results do not.
+#include "attention/extend_params.h"
+#include "attention/launch.h"
+#include "common/ptx.cuh"
+
+namespace flashcore::extend {
+namespace {
+
+constexpr int kThreads = kMaxBatch, kWarps = kThreads / 32;
+constexpr int kLengths = 64, kParts = 64;  // buckets of the sort: by length, by part of the L2
+constexpr int kBuckets = kLengths * kParts;
+constexpr int64_t kL2Bytes = 32 << 20;  // K and V that stay in the L2 while they are read
+constexpr int kCandidates = 8, kMinChunkTiles = 4;
+constexpr float kItemTiles = 1.5f, kChunkTiles = 2.f;  // what an item, and a partial result, cost besides: in KV tiles
+
+struct Shared {
+  int q_begin[kThreads + 1];  // by position in row_order: packed tokens before
+  int q_first[kThreads];      // first token in q
+  int seq_len[kThreads], row[kThreads];
+  int leader[kThreads];          // position of the first row that shares tiles with this one
+  int bundle_end[kThreads];      // by leader
+  int tile_begin[kThreads + 1];  // tiles before
+  int kv_begin[kThreads + 1];    // tokens of K before, each prefix once
+  int packed_cost[kThreads], lone_cost[kThreads];
+  int histogram[kBuckets];
+  int scratch[kWarps];
+  int row_first[kThreads];  // by row: first token in q
+  int pieces, partials, overflow, longest, items[kCandidates], large[kCandidates], longest_chunk[kCandidates];
+  unsigned long long load;
+};
+
+__device__ __forceinline__ int read_int(const void* p, bool is_64bit, int i) {
+  const int64_t x = is_64bit ? static_cast<const int64_t*>(p)[i] : static_cast<const int*>(p)[i];
+  return static_cast<int>(min(max(x, int64_t{0}), int64_t{1} << 30));
+}
+
+// Exclusive prefix of x over the threads; `total` is the sum.
+__device__ __forceinline__ int block_scan(int x, int* scratch, int& total) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int inclusive = x;
+#pragma unroll
+  for (int i = 1; i < 32; i *= 2) {
+    const int other = __shfl_up_sync(~0u, inclusive, i);
+    if (lane >= i) inclusive += other;
+  }
+  __syncthreads();
+  if (lane == 31) scratch[warp] = inclusive;
+  __syncthreads();
+  int before = 0;
+  total = 0;
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) {
+    before += i < warp ? scratch[i] : 0;
+    total += scratch[i];
+  }
+  return before + inclusive - x;
+}
+
+// The last index of array[0 .. n] whose value is at most x; array[0] is.
+__device__ __forceinline__ int last_at_most(const int* array, int n, int x) {
+  int low = 0, high = n;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (array[middle] <= x) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
+}
+
+__device__ __forceinline__ int ceil_div(int x, int y) { return (x + y - 1) / y; }
+
+struct Segment {
+  int first, end;        // rows, by position
+  int begin, end_token;  // positions
+  int entry;
+};
+
+__device__ __forceinline__ Segment load_segment(const LayoutView& l, int i) {
+  i = min(max(i, 0), l.segment_capacity - 1);
+  Segment s;
+  s.first = min(max(l.segment_rows[2 * i], 0), l.batch - 1);
+  s.end = min(max(l.segment_rows[2 * i + 1], s.first), l.batch);
+  s.begin = max(l.segment_positions[2 * i], 0);
+  s.end_token = max(l.segment_positions[2 * i + 1], s.begin);
+  s.entry = l.page_indptr[i];
+  return s;
+}
+
+// Rows by position: lengths, queries, first packed token.
+__device__ __forceinline__ void load_rows(const ScheduleParams& p, Shared& s) {
+  const int k = threadIdx.x, batch = p.layout.batch;
+  int total;
+  // q holds the rows in their own order; lengths that exceed it are cut.
+  const int wanted = k < batch ? min(read_int(p.q_lens, p.q_lens_are_64bit, k), p.num_tokens) : 0;
+  const int first = min(block_scan(wanted, s.scratch, total), p.num_tokens);
+  s.row_first[k] = first;
+  __syncthreads();
+  int row = 0, q_len = 0;
+  if (k < batch) {
+    row = min(max(p.layout.row_order[k], 0), batch - 1);
+    q_len = min(min(read_int(p.q_lens, p.q_lens_are_64bit, row), p.num_tokens), p.num_tokens - s.row_first[row]);
+    s.row[k] = row;
+    s.q_first[k] = s.row_first[row];
+    s.seq_len[k] = min(read_int(p.seq_lens, p.seq_lens_are_64bit, row), p.table_stride * p.layout.page_size);
+  }
+  const int begin = min(block_scan(q_len, s.scratch, total), p.num_tokens);
+  s.q_begin[k] = begin;
+  if (k == kThreads - 1) s.q_begin[kThreads] = min(begin + q_len, p.num_tokens);
+  __syncthreads();
+}
+
+__device__ __forceinline__ int q_len_of(const Shared& s, int k) { return s.q_begin[k + 1] - s.q_begin[k]; }
+
+// First position that token i of the row at position k does not see, and the first that it sees.
+__device__ __forceinline__ int end_of(const ScheduleParams& p, const Shared& s, int k, int i) {
+  return p.visible == Visible::kCausal ? max(s.seq_len[k] - q_len_of(s, k) + i + 1, 0) : s.seq_len[k];
+}
+__device__ __forceinline__ int begin_of(const ScheduleParams& p, const Shared& s, int k, int i) {
+  return p.window_left >= 0 ? max(s.seq_len[k] - q_len_of(s, k) + i - p.window_left, 0) : 0;
+}
+// Below this position all tokens from the i-th on see everything.
+__device__ __forceinline__ int full_of(const ScheduleParams& p, const Shared& s, int k, int i) {
+  return p.visible == Visible::kMasked ? max(s.seq_len[k] - q_len_of(s, k), 0) : end_of(p, s, k, i);
+}
+
+__device__ __forceinline__ void write_tokens(const ScheduleParams& p, const Shared& s) {
+  const int batch = p.layout.batch, total = s.q_begin[batch];
+  for (int t = threadIdx.x; t < total; t += kThreads) {
+    const int k = last_at_most(s.q_begin, batch - 1, t), i = t - s.q_begin[k];
+    p.work.tokens[t] = {s.q_first[k] + i, begin_of(p, s, k, i), end_of(p, s, k, i), -1};
+  }
+}
+
+// The custom mask of a row is [q_len, seq_len], row after row in their own order.
+__device__ __forceinline__ void write_mask_offsets(const ScheduleParams& p, Shared& s) {
+  const int k = threadIdx.x, batch = p.layout.batch;
+  int total, size = 0;
+  if (k < batch) {
+    size = min(read_int(p.q_lens, p.q_lens_are_64bit, k), p.num_tokens) *
+           min(read_int(p.seq_lens, p.seq_lens_are_64bit, k), p.table_stride * p.layout.page_size);
+  }
+  const int first = block_scan(size, s.scratch, total);
+  s.row_first[k] = first;
+  __syncthreads();
+  const int tokens = s.q_begin[batch];
+  for (int t = threadIdx.x; t < tokens; t += kThreads) {
+    const int at = last_at_most(s.q_begin, batch - 1, t);
+    p.work.tokens[t].mask = s.row_first[s.row[at]] + (t - s.q_begin[at]) * s.seq_len[at];
+  }
+  __syncthreads();
+}
+
+// Which rows share tiles, and how many tiles each bundle has. Returns all tiles.
+__device__ __forceinline__ int make_bundles(const ScheduleParams& p, Shared& s, bool pack) {
+  const LayoutView& l = p.layout;
+  const int k = threadIdx.x, batch = l.batch, ratio = p.ratio;
+  s.packed_cost[k] = s.lone_cost[k] = 0;
+  int leader = k, end = k + 1, prefix = 0;
+  if (k < batch) {
+    const int row = s.row[k];
+    if (l.row_indptr[row] < l.row_indptr[row + 1]) {
+      const Segment root = load_segment(l, l.row_segments[min(max(l.row_indptr[row], 0), l.row_segment_capacity - 1)]);
+      if (root.end - root.first > 1 && root.first <= k && k < root.end) {
+        leader = root.first;
+        end = root.end;
+        prefix = min(root.end_token, s.seq_len[k]);
+      }
+    }
+  }
+  s.leader[k] = leader;
+  __syncthreads();
+  // K and V by the first row of a group; the others add what is their own.
+  int total;
+  const int own = k < batch ? s.seq_len[k] - (k == leader ? 0 : prefix) : 0;
+  const int kv_begin = block_scan(own, s.scratch, total);
+  s.kv_begin[k] = kv_begin;
+  if (k == kThreads - 1) s.kv_begin[kThreads] = kv_begin + own;
+
+  if (k < batch) {
+    atomicAdd(&s.lone_cost[leader], ceil_div(q_len_of(s, k) * ratio, kRows) * ceil_div(s.seq_len[k], p.tile_tokens));
+  }
+  const int segments = min(max(l.sizes[0], 0), l.segment_capacity);
+  for (int i = k; i < segments; i += kThreads) {
+    const Segment seg = load_segment(l, i);
+    const int g = s.leader[seg.first], base = s.q_begin[g];
+    const int from = (s.q_begin[seg.first] - base) * ratio, to = (s.q_begin[seg.end] - base) * ratio;
+    if (from < to)
+      atomicAdd(&s.packed_cost[g],
+                (ceil_div(to, kRows) - from / kRows) * ceil_div(seg.end_token - seg.begin, p.tile_tokens));
+  }
+  __syncthreads();
+  const bool packed = pack && p.window_left < 0 && leader < end - 1 && s.packed_cost[leader] < s.lone_cost[leader];
+  __syncthreads();
+  if (!packed) leader = k, end = k + 1;
+  s.leader[k] = leader;
+  s.bundle_end[k] = min(end, batch);
+  const int q_rows = k < batch && leader == k ? (s.q_begin[min(end, batch)] - s.q_begin[k]) * ratio : 0;
+  const int tiles = block_scan(ceil_div(q_rows, kRows), s.scratch, total);
+  s.tile_begin[k] = tiles;
+  if (k == kThreads - 1) s.tile_begin[kThreads] = total;
+  __syncthreads();
+  return total;
+}
+
+struct TileRange {
+  int q_row, q_rows;  // packed
+  int first, last;    // rows, by position
+};
+
+__device__ __forceinline__ TileRange tile_range(const ScheduleParams& p, const Shared& s, int tile) {
+  const int batch = p.layout.batch;
+  const int leader = last_at_most(s.tile_begin, batch - 1, tile);
+  TileRange r;
+  r.q_row = s.q_begin[leader] * p.ratio + (tile - s.tile_begin[leader]) * kRows;
+  r.q_rows = min(kRows, s.q_begin[s.bundle_end[leader]] * p.ratio - r.q_row);
+  r.first = last_at_most(s.q_begin, batch - 1, r.q_row / p.ratio);
+  r.last = last_at_most(s.q_begin, batch - 1, (r.q_row + r.q_rows - 1) / p.ratio);
+  return r;
+}
+
+// The tokens [x, y) of the row at position k that are in the tile.
+__device__ __forceinline__ int2 tokens_in(const ScheduleParams& p, const Shared& s, const TileRange& r, int k) {
+  return make_int2(max(0, r.q_row / p.ratio - s.q_begin[k]),
+                   min(q_len_of(s, k), (r.q_row + r.q_rows - 1) / p.ratio + 1 - s.q_begin[k]));
+}
+
+// One row: its own part of the page table, up to what its last token sees.
+__device__ __forceinline__ Piece lone_piece(const ScheduleParams& p, const Shared& s, const TileRange& r) {
+  const int2 t = tokens_in(p, s, r, r.first);
+  Piece piece{};
+  piece.begin = min(begin_of(p, s, r.first, t.x), max(s.seq_len[r.first] - 1, 0));
+  piece.tokens = max(min(end_of(p, s, r.first, t.y - 1), s.seq_len[r.first]) - piece.begin, 0);
+  piece.entry = s.row[r.first] * p.table_stride + piece.begin / p.layout.page_size;
+  piece.from = p.window_left >= 0 ? begin_of(p, s, r.first, t.y - 1) - piece.begin : 0;
+  piece.full = min(max(full_of(p, s, r.first, t.x) - piece.begin, 0), piece.tokens);
+  piece.rows = r.q_rows << 16;
+  return piece;
+}
+
+// Calls visit(piece) for the pieces of a tile of several rows: each segment once, for those of its rows in the tile.
+template <class Visit>
+__device__ __forceinline__ void visit_pieces(const ScheduleParams& p, const Shared& s, const TileRange& r,
+                                             Visit visit) {
+  const LayoutView& l = p.layout;
+  for (int k = r.first; k <= r.last; ++k) {
+    const int row = s.row[k];
+    const int begin = max(l.row_indptr[row], 0), end = min(l.row_indptr[row + 1], l.row_segment_capacity);
+    for (int e = begin; e < end; ++e) {
+      const Segment seg = load_segment(l, l.row_segments[e]);
+      if (max(seg.first, r.first) != k) continue;
+      const int last = min(seg.end - 1, r.last);
+      int most = 0, least = seg.end_token;
+      for (int m = k; m <= last; ++m) {
+        const int2 t = tokens_in(p, s, r, m);
+        if (t.x >= t.y) continue;
+        most = max(most, end_of(p, s, m, t.y - 1));
+        least = min(least, full_of(p, s, m, t.x));
+      }
+      Piece piece{};
+      piece.entry = seg.entry;
+      piece.begin = seg.begin;
+      piece.tokens = min(seg.end_token, most) - seg.begin;
+      if (piece.tokens <= 0) continue;
+      const int from = max(s.q_begin[k] * p.ratio - r.q_row, 0);
+      const int to = min(s.q_begin[last + 1] * p.ratio - r.q_row, r.q_rows);
+      piece.full = from == 0 && to == r.q_rows ? min(max(least - seg.begin, 0), piece.tokens) : 0;
+      piece.rows = from | to << 16;
+      visit(piece);
+    }
+  }
+}
+
+__device__ __forceinline__ int kv_tiles(const ScheduleParams& p, const Piece& piece) {
+  return max(1, ceil_div(piece.tokens, p.tile_tokens));
+}
+
+// Items that stand for whole tiles, for no KV head yet, in work.tiles.
+__device__ __forceinline__ void make_tiles(const ScheduleParams& p, Shared& s, int tiles) {
+  for (int j = threadIdx.x; j < tiles; j += kThreads) {
+    const TileRange r = tile_range(p, s, j);
+    Item item{};
+    item.q_row = r.q_row;
+    item.q_rows = r.q_rows;
+    item.partial = -1;
+    item.kv_head = r.first;  // until the items are written: the first row
+    if (r.first == r.last) {
+      item.first = lone_piece(p, s, r);
+      item.num_tiles = kv_tiles(p, item.first);
+    } else {
+      int pieces = 0;
+      visit_pieces(p, s, r, [&](const Piece& piece) {
+        if (pieces++ == 0) item.first = piece;
+        item.num_tiles += kv_tiles(p, piece);
+      });
+      item.num_tiles = max(item.num_tiles, 1);
+      if (pieces > 1) {
+        item.more = atomicAdd(&s.pieces, pieces - 1);
+        if (item.more + pieces - 1 > p.work.piece_capacity) {
+          s.overflow = 1;
+        } else {
+          int i = -1;
+          visit_pieces(p, s, r, [&](const Piece& piece) {
+            if (i >= 0) p.work.pieces[item.more + i] = piece;
+            ++i;
+          });
+        }
+      }
+    }
+    p.work.tiles[j] = item;
+    atomicMax(&s.longest, item.num_tiles);
+    atomicAdd(&s.load, static_cast<unsigned long long>(item.num_tiles));
+  }
+  __syncthreads();
+}
+
+// KV tiles of a chunk at most, by candidate; 0 does not split.
+__device__ __forceinline__ int candidate(float per_cta, int i) {
+  return i == 0 ? 1 << 28 : max(kMinChunkTiles, static_cast<int>(ceilf(fminf(per_cta, 1e6f) * 1.25f / i)));
+}
+
+__device__ __forceinline__ int chunks_of(const Item& item, int most) {
+  const int chunks = min(ceil_div(item.num_tiles, most), kMaxChunks);
+  const int per_chunk = ceil_div(item.num_tiles, chunks);
+  return ceil_div(item.num_tiles, per_chunk);  // none is empty
+}
+
+// The most KV tiles of a chunk. A candidate's time: rounds of its long items, or the load of a CTA if that is more, and
+// what items and partial results cost.
+__device__ __forceinline__ int choose_chunk(const ScheduleParams& p, Shared& s, int tiles) {
+  const int tid = threadIdx.x, heads = p.kv_heads;
+  const float per_cta = static_cast<float>(s.load) * heads / p.ctas;
+  if (static_cast<int64_t>(tiles) * heads >= 4 * p.ctas && s.longest <= per_cta) return 1 << 28;
+  for (int c = 0; c < kCandidates; ++c) {
+    const int most = candidate(per_cta, c), longest = min(s.longest, most);
+    for (int j = tid; j < tiles; j += kThreads) {
+      const Item& item = p.work.tiles[j];
+      const int chunks = chunks_of(item, most), size = ceil_div(item.num_tiles, chunks);
+      atomicAdd(&s.items[c], chunks);
+      if (2 * size >= longest) atomicAdd(&s.large[c], chunks);
+      atomicMax(&s.longest_chunk[c], size);
+    }
+  }
+  __syncthreads();
+  float best = 1e30f;
+  int most = 1 << 28;
+  for (int c = 0; c < kCandidates; ++c) {
+    const int partials = c == 0 ? 0 : s.items[c];
+    if (static_cast<int64_t>(partials) * heads > p.work.partial_capacity) continue;
+    const float rounds = ceilf(static_cast<float>(s.large[c]) * heads / p.ctas);
+    const float cost = fmaxf(rounds * s.longest_chunk[c], per_cta) +
+                       static_cast<float>(s.items[c]) * heads / p.ctas * kItemTiles +
+                       (c > 0 && s.items[c] > tiles ? kChunkTiles + 0.1f * s.items[c] / tiles : 0.f);
+    if (cost < best) {
+      best = cost;
+      most = candidate(per_cta, c);
+    }
+  }
+  return most;
+}
+
+// Bucket of a (tile, KV head): by part of the L2, then longest first.
+__device__ __forceinline__ int bucket_of(const ScheduleParams& p, const Shared& s, const Item& item, int head, int size,
+                                         int longest, int64_t part) {
+  const int k = s.leader[item.kv_head], end = s.bundle_end[k];
+  const int64_t begin = s.kv_begin[k], tokens = s.kv_begin[end] - begin;
+  const int at = static_cast<int>(min((begin * p.kv_heads + tokens * head) / part, int64_t{kParts - 1}));
+  return at * kLengths + kLengths - 1 - static_cast<int>(int64_t{size} * (kLengths - 1) / longest);
+}
+
+__device__ __forceinline__ void write_item(const Item& from, Item* to) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) reinterpret_cast<int4*>(to)[i] = reinterpret_cast<const int4*>(&from)[i];
+}
+
+__global__ void __launch_bounds__(kThreads) schedule_kernel(const __grid_constant__ ScheduleParams p) {
+  extern __shared__ __align__(16) char raw[];
+  Shared& s = *reinterpret_cast<Shared*>(raw);
+  const int tid = threadIdx.x;
+  ptx::grid_dependency_wait();
+  for (int i = tid; i < kBuckets; i += kThreads) s.histogram[i] = 0;
+  load_rows(p, s);
+  write_tokens(p, s);
+  if (p.visible == Visible::kMasked) write_mask_offsets(p, s);
+
+  int tiles = 0;
+  for (int attempt = 0; attempt < 2; ++attempt) {  // the second packs nothing and so needs no pieces
+    __syncthreads();
+    if (tid == 0) {
+      s.pieces = s.partials = s.overflow = s.longest = 0;
+      s.load = 0;
+      for (int c = 0; c < kCandidates; ++c) s.items[c] = s.large[c] = s.longest_chunk[c] = 0;
+    }
+    tiles = min(make_bundles(p, s, attempt == 0), p.work.tile_capacity);
+    make_tiles(p, s, tiles);
+    if (s.overflow == 0) break;
+  }
+  const int most = choose_chunk(p, s, tiles), units = tiles * p.kv_heads;
+  const int64_t all_kv = static_cast<int64_t>(s.kv_begin[kThreads]) * p.kv_heads;
+  const int64_t part = max(kL2Bytes / (4 * p.head_dim), all_kv / kParts + 1);
+  const int longest = min(s.longest, most);
+
+  for (int u = tid; u < units; u += kThreads) {
+    const Item& item = p.work.tiles[u / p.kv_heads];
+    const int chunks = chunks_of(item, most), size = ceil_div(item.num_tiles, chunks);
+    atomicAdd(&s.histogram[bucket_of(p, s, item, u % p.kv_heads, size, longest, part)], chunks);
+  }
+  __syncthreads();
+  constexpr int kPer = kBuckets / kThreads;
+  int counts[kPer], sum = 0, total;
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) sum += counts[i] = s.histogram[tid * kPer + i];
+  int before = block_scan(sum, s.scratch, total);
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) {
+    s.histogram[tid * kPer + i] = before;
+    before += counts[i];
+  }
+  __syncthreads();
+  for (int u = tid; u < units; u += kThreads) {
+    Item item = p.work.tiles[u / p.kv_heads];
+    const int head = u % p.kv_heads, chunks = chunks_of(item, most), size = ceil_div(item.num_tiles, chunks);
+    const int at = atomicAdd(&s.histogram[bucket_of(p, s, item, head, size, longest, part)], chunks);
+    item.kv_head = head;
+    if (chunks > 1) {
+      item.partial = atomicAdd(&s.partials, chunks);
+      p.work.counters[2 * item.partial] = p.work.counters[2 * item.partial + 1] = 0;
+    }
+    const int all = item.num_tiles;
+    for (int c = 0; c < chunks; ++c) {
+      item.chunk = c | chunks << 16;
+      item.first_tile = c * size;
+      item.num_tiles = min(size, all - c * size);
+      if (at + c < p.work.item_capacity) write_item(item, p.work.items + at + c);
+    }
+  }
+  if (tid == 0) {
+    Header& h = *p.work.header;
+    h.items = total;
+    h.taken = h.finished = 0;
+    h.overflow = s.overflow || total > p.work.item_capacity;
+  }
+}
+
+}  // namespace
+
+void launch_schedule(const ScheduleParams& p, cudaStream_t stream) {
+  FC_CUDA(cudaFuncSetAttribute(schedule_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared)));
+  launch_dependent(schedule_kernel, dim3(1), dim3(kThreads), sizeof(Shared), stream, p);
+}
+
+}  // namespace flashcore::extend

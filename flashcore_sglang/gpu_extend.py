@@ -1,0 +1,143 @@
+"""Extend on a Hopper GPU: new tokens of each request over its cached prefix; prefill, chunks, mixed batches, verify.
+
+A step is snapshot -> pager -> schedule, once for all layers, then one launch per layer. Nothing is read on the host;
+nothing is allocated unless a step has more tokens than any before.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import torch
+
+from flashcore_sglang import build
+from flashcore_sglang.device_pager import DeviceLayout, DevicePager
+
+PARTIAL_CAPACITY = 512
+"""Chunks of tiles that were cut because there are few of them; each is 128 rows of D floats."""
+
+
+class Visible(IntEnum):
+    """Which positions of its row a new token sees."""
+
+    CAUSAL = 0
+    """Those up to its own."""
+    ALL = 1
+    """All: encoder layers."""
+    MASKED = 2
+    """The cached prefix, and of the new tokens those that the custom mask has: a tree of drafts."""
+
+
+class GpuExtend:
+    """Attention of several query tokens per request over its paged KV cache; defined by ``reference.extend``.
+
+    Args:
+        pager:      of the same KV pool; decode's may be used, as steps follow each other. Page sizes are powers of two.
+        heads, kv_heads, head_dim: of the model's attention on this GPU.
+        max_tokens: query tokens that there is room for at first; a larger step allocates more.
+        device:     a Hopper GPU.
+
+    Raises ValueError for sizes that are not served, RuntimeError if the library cannot be compiled.
+    """
+
+    def __init__(
+        self,
+        pager: DevicePager,
+        *,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        max_tokens: int = 8192,
+        device: torch.device | str = "cuda",
+    ) -> None:
+        self.pager, self.max_rows = pager, pager.max_rows
+        self._heads, self._kv_heads, self._head_dim = heads, kv_heads, head_dim
+        self._library = build.library("cuda")
+        self._layout: DeviceLayout = pager.layout(1)
+        self._num_tokens, self._windowed = 0, False
+        self._device = device
+        self._reserve(max_tokens)
+
+    def _reserve(self, max_tokens: int) -> None:
+        self._max_tokens = max_tokens
+        size = self._library.extend_workspace_bytes(
+            self.max_rows, max_tokens, self._heads, self._kv_heads, self._head_dim, PARTIAL_CAPACITY
+        )
+        self._workspace = torch.empty(size, dtype=torch.uint8, device=self._device)
+
+    @property
+    def num_tokens(self) -> int:
+        """Queries of the planned batch."""
+        return self._num_tokens
+
+    @property
+    def mebibytes(self) -> float:
+        """Device memory of the workspace; the pager's is its own."""
+        return self._workspace.numel() / 2**20
+
+    def snapshot(self, req_to_token: torch.Tensor, req_pool_indices: torch.Tensor, seq_lens: torch.Tensor) -> None:
+        """Copies what the batch reads; arguments as for ``DevicePager.snapshot``. ``seq_lens`` count the new tokens."""
+        self.pager.snapshot(req_to_token, req_pool_indices, seq_lens)
+        self._layout = self.pager.layout(req_pool_indices.numel())
+
+    def plan(
+        self,
+        seq_lens: torch.Tensor,
+        q_lens: torch.Tensor,
+        num_tokens: int,
+        *,
+        visible: Visible = Visible.CAUSAL,
+        window_left: int = -1,
+    ) -> None:
+        """Segments and work list of the last snapshot's batch, once for all layers.
+
+        Args:
+            seq_lens:    [B] int32 or int64, as for ``snapshot``: the new tokens are the last of them.
+            q_lens:      [B] int32 or int64, new tokens of each request; 0 allowed.
+            num_tokens:  their sum.
+            window_left: positions that a token sees before its own; -1: all. Causal only.
+
+        Raises ValueError for shapes, dtypes or sizes that do not fit.
+        """
+        if num_tokens > self._max_tokens:
+            self._reserve(max(num_tokens, 2 * self._max_tokens))
+        self._num_tokens, self._windowed = num_tokens, window_left >= 0
+        self.pager.build()
+        x = self._layout
+        self._library.extend_schedule(
+            x.sizes, x.row_order, x.segment_rows, x.segment_positions, x.segment_entries, x.row_indptr, x.row_segments,
+            seq_lens, q_lens, self._workspace, num_tokens, self.pager.table_stride, x.page_size, self.max_rows,
+            self._max_tokens, self._heads, self._kv_heads, self._head_dim, PARTIAL_CAPACITY, int(visible), window_left,
+        )  # fmt: skip
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        scale: float,
+        logit_cap: float = 0.0,
+        sinks: torch.Tensor | None = None,
+        custom_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of the planned batch, into ``out``.
+
+        Args:
+            q:       [T, H, D] bf16 or fp16, request after request, heads and dims contiguous.
+            k_cache: [slots, G, D], token-major; holds the new tokens too. v_cache: like it.
+            out:     [T, H, D], written and returned. A token that sees nothing gets zeros.
+            scale:   multiplies q.k. logit_cap: 0 is none. sinks: [H] float32, the logit of a key without a value.
+            custom_mask: of ``Visible.MASKED``: [sum of q_lens * seq_lens] bool or uint8, for each request its new
+                     tokens by its positions; True is seen. Only its part over the new tokens is read.
+
+        Raises ValueError for shapes, dtypes or devices that do not fit.
+        """
+        if q.shape[0] != self._num_tokens:
+            raise ValueError(f"q: want {self._num_tokens} tokens, those of the plan, got {q.shape[0]}")
+        self._library.extend(
+            q, k_cache, v_cache, self._layout.table, self._workspace, out, self._layout.page_size, self.max_rows,
+            self._max_tokens, PARTIAL_CAPACITY, int(self._windowed), scale, logit_cap, sinks, custom_mask,
+        )  # fmt: skip
+        return out
