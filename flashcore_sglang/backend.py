@@ -21,6 +21,7 @@ from flashcore_sglang import env, ops
 from flashcore_sglang.config import cost_model
 from flashcore_sglang.device_pager import MAX_ROWS
 from flashcore_sglang.gpu_decode import GpuDecode
+from flashcore_sglang.gpu_extend import GpuExtend
 from flashcore_sglang.layout import CsrLayout, CsrPager, describe_status
 from flashcore_sglang.metrics import SampleMetrics, metric_labels
 from flashcore_sglang.plugin import NAME, triton_runs
@@ -117,9 +118,12 @@ class FlashCoreSparseBackend(AttentionBackend):
         self.max_context_len = model_runner.model_config.context_len
         self.page_size = facts.page_size
         self.num_pages = (self.token_to_kv_pool.size + self.page_size) // self.page_size  # page 0 is SGLang's padding
-        self.forward_metadata: ops.AttentionPlan | GpuDecode | None = None
+        self.forward_metadata: ops.AttentionPlan | GpuDecode | GpuExtend | None = None
         self._sharing = env.sharing() and not facts.deterministic
         self._gpu = self._make_gpu_decode(facts) if facts.device == "cuda" else None
+        self._gpu_extend: GpuExtend | None = None
+        if self._gpu and facts.serves_prefill:
+            self._gpu_extend = self._make_gpu_extend(facts, self._gpu, model_runner)
         if not self._gpu or facts.serves_prefill:
             _ = self._pager  # compiled now rather than in a request
         args = model_runner.server_args
@@ -138,10 +142,7 @@ class FlashCoreSparseBackend(AttentionBackend):
             "%s serves on %s with %s: page size %d, %d pages, KV %s, %s",
             NAME,
             self.device,
-            f"WGMMA decode ({self._gpu.mebibytes:.0f} MiB of buffers)"
-            + (" and PyTorch extend over CSR segments" if facts.serves_prefill else "")
-            if self._gpu
-            else "PyTorch attention over CSR segments",
+            self._describe_gpu(self._gpu) if self._gpu else "PyTorch attention over CSR segments",
             self.page_size,
             self.num_pages,
             facts.kv_cache_dtype,
@@ -158,6 +159,9 @@ class FlashCoreSparseBackend(AttentionBackend):
             raise ValueError(f"{NAME}: want CUDA graphs of decode only, got {forward_batch.forward_mode.name}")
         if self._gpu and decode and forward_batch.batch_size <= self._gpu.max_rows:
             self._snapshot(self._gpu, forward_batch, in_capture)
+            return
+        if self._gpu_extend and not decode and forward_batch.batch_size <= self._gpu_extend.max_rows:
+            self._plan_extend(self._gpu_extend, forward_batch)
             return
         if in_capture:
             most = f"at most {self._gpu.max_rows} requests" if self._gpu else "none on a CPU"
@@ -228,7 +232,7 @@ class FlashCoreSparseBackend(AttentionBackend):
             "logit_cap": layer.logit_cap or 0.0,
             "sinks": None if sinks is None else sinks.float(),
         }
-        if isinstance(plan, GpuDecode):
+        if isinstance(plan, GpuDecode | GpuExtend):
             plan.attend(q[:tokens], k_cache, v_cache, out[:tokens], **options)
         else:
             ops.attend(q[:tokens], k_cache, v_cache, plan, out=out[:tokens], **options)
@@ -254,6 +258,23 @@ class FlashCoreSparseBackend(AttentionBackend):
             deterministic=facts.deterministic,
             device=self.device,
         )
+
+    def _make_gpu_extend(self, facts: ServingFacts, gpu: GpuDecode, model_runner: Any) -> GpuExtend:
+        layer = facts.layers[0]
+        chunk = getattr(model_runner.server_args, "chunked_prefill_size", None) or 0
+        return GpuExtend(
+            gpu.pager,
+            heads=layer.num_q_heads,
+            kv_heads=layer.num_kv_heads,
+            head_dim=layer.head_dim,
+            max_tokens=chunk if chunk > 0 else 8192,
+            device=self.device,
+        )
+
+    def _describe_gpu(self, gpu: GpuDecode) -> str:
+        if self._gpu_extend is None:
+            return f"WGMMA decode ({gpu.mebibytes:.0f} MiB of buffers)"
+        return f"WGMMA decode and extend ({gpu.mebibytes + self._gpu_extend.mebibytes:.0f} MiB of buffers)"
 
     def _make_consumers(self, model_runner: Any, reason: str | None) -> tuple[int, list[Consumer]]:
         """Decode steps from one sample to the next (0: none are taken), and who gets them."""
@@ -283,6 +304,18 @@ class FlashCoreSparseBackend(AttentionBackend):
         if sampled and self._recorder:
             table = self.req_to_token_pool.req_to_token
             self._recorder.offer(table, forward_batch.req_pool_indices, forward_batch.seq_lens)
+
+    def _plan_extend(self, extend: GpuExtend, forward_batch: Any) -> None:
+        """New tokens on a GPU: nothing is read on the host but their number, which SGLang knows."""
+        if status := extend.pager.violation():
+            self._report(status)
+        tokens = getattr(forward_batch, "extend_num_tokens", None)
+        if tokens is None:
+            tokens = int(forward_batch.extend_seq_lens.sum())
+        table, seq_lens = self.req_to_token_pool.req_to_token, forward_batch.seq_lens
+        extend.snapshot(table, forward_batch.req_pool_indices, seq_lens)
+        extend.plan(seq_lens, forward_batch.extend_seq_lens, tokens)
+        self.forward_metadata = extend
 
     def _snapshot(self, gpu: GpuDecode, forward_batch: Any, in_capture: bool) -> None:
         if status := gpu.pager.violation():

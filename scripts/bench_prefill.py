@@ -19,19 +19,17 @@ import json
 import math
 import pathlib
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timing import RESULTS, ROOT, Flusher, captured, machine, microseconds
 from torch import Tensor
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from bench_decode import Flusher, graphed, microseconds  # noqa: E402
 from gpu.extend_cases import Batch, Extend, batch  # noqa: E402
 
 from flashcore_sglang.config import cost_model  # noqa: E402
@@ -151,8 +149,8 @@ def run_case(name: str, variant: str, args: argparse.Namespace, flush: Callable[
     extend.kernels.attend(q, k, v, out, scale=scale)
     results: dict[str, Any] = {"case": name, "variant": variant}
     contenders = {
-        "attention": graphed(lambda: extend.kernels.attend(q, k, v, out, scale=scale)),
-        "plan": graphed(extend.plan),
+        "attention": captured(lambda: extend.kernels.attend(q, k, v, out, scale=scale)),
+        "plan": captured(extend.plan),
     }
     for peer in [p for p in args.peers.split(",") if p in PEERS]:
         try:
@@ -162,12 +160,12 @@ def run_case(name: str, variant: str, args: argparse.Namespace, flush: Callable[
             results[f"{peer}_difference"] = float(
                 (theirs.view_as(out).float() - out.float()).norm() / out.float().norm()
             )
-            contenders[peer] = graphed(call)
+            contenders[peer] = captured(call)
         except Exception as e:
             results[f"{peer}_error"] = f"{type(e).__name__}: {e}"[:300]
     if args.product:
         a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-        contenders["product"] = graphed(lambda: a @ a)
+        contenders["product"] = captured(lambda: a @ a)
     rounds: dict[str, list[float]] = {c: [] for c in contenders}
     for _ in range(args.rounds):
         for contender, graph in contenders.items():
@@ -231,7 +229,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--replays", type=int, default=5)
     parser.add_argument("--product", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--out", default=str(ROOT / "scripts" / "results"))
+    parser.add_argument("--out", default=str(RESULTS))
     args = parser.parse_args()
     torch.manual_seed(0)
     flush = Flusher()
@@ -246,20 +244,7 @@ def main() -> None:
     ratios = [r["ratio"] for r in results if r["ratio"]]
     if ratios:
         print(f"geometric mean of FA3 / ours: {math.exp(sum(map(math.log, ratios)) / len(ratios)):.2f}")
-    revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
-    ).stdout.strip()
-    record = {
-        "gpu": torch.cuda.get_device_name(),
-        "driver": driver,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "revision": revision,
-        "heads": HEADS,
-        "kv_heads": KV_HEADS,
-        "cases": results,
-    }
+    record = machine() | {"heads": HEADS, "kv_heads": KV_HEADS, "cases": results}
     path = pathlib.Path(args.out)
     path.mkdir(parents=True, exist_ok=True)
     (path / "prefill.json").write_text(json.dumps(record, indent=1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import needs
 import pytest
@@ -15,6 +16,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from flashcore_sglang import reference
 from flashcore_sglang.backend import FlashCoreSparseBackend
+from flashcore_sglang.gpu_extend import GpuExtend
 from flashcore_sglang.recording import Recording
 
 pytestmark = pytest.mark.contract
@@ -51,6 +53,27 @@ def wanted(scheduler: MiniScheduler, batch, q: torch.Tensor) -> torch.Tensor:
 
 def close(got: torch.Tensor, want: torch.Tensor) -> None:
     torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
+
+
+def test_new_tokens_go_to_the_kernels_of_a_gpu(scheduler, monkeypatch):
+    """Which calls they get; tests/gpu says what they compute."""
+    backend, calls = FlashCoreSparseBackend(scheduler.runner), {}
+    extend = object.__new__(GpuExtend)
+    extend.max_rows, extend.pager, extend._num_tokens = 2, SimpleNamespace(violation=lambda: None), 40
+    monkeypatch.setattr(GpuExtend, "snapshot", lambda _, *args: calls.update(snapshot=args))
+    monkeypatch.setattr(GpuExtend, "plan", lambda _, *args: calls.update(plan=args))
+    monkeypatch.setattr(GpuExtend, "attend", lambda _, q, k, v, out, **options: out.copy_(q))
+    backend._gpu_extend = extend
+    rows = [scheduler.add(list(range(30)))[0], scheduler.add(list(range(50, 60)))[0]]
+    batch = scheduler.batch(rows, [30, 10])
+    batch.extend_num_tokens = 40
+    backend.init_forward_metadata(batch)
+    q, k, v = tensors(scheduler, 40)
+    out = backend.forward_extend(q, k, v, scheduler.runner.model[0], batch)
+    assert calls["snapshot"][0] is scheduler.table
+    assert calls["plan"] == (batch.seq_lens, batch.extend_seq_lens, 40)
+    assert torch.equal(out, q)
+    assert torch.equal(scheduler.pool.get_key_buffer(0)[batch.out_cache_loc], k)
 
 
 @pytest.mark.parametrize("mode", ["EXTEND", "MIXED", "SPLIT_PREFILL"])
