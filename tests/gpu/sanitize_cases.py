@@ -1,7 +1,7 @@
 """Small cases of every GPU path, for compute-sanitizer (scripts/sanitize.sh). Results are only looked at for NaN: the
 tests compare them.
 
-    python tests/gpu/sanitize_cases.py [pager] [decode]
+    python tests/gpu/sanitize_cases.py [pager] [decode] [extend]
 
 Inputs are made on the CPU and copied, so that the tools see every byte that is initialised and few kernels but ours.
 The workspaces are not initialised: nothing may be read that was not written.
@@ -19,10 +19,12 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from gpu.decode_cases import Level, forest
+from gpu.extend_cases import Extend, batch, tree_mask
 
 from flashcore_sglang.config import SHARE_ALWAYS
 from flashcore_sglang.device_pager import DevicePager
 from flashcore_sglang.gpu_decode import GpuDecode
+from flashcore_sglang.gpu_extend import Visible
 
 WIDE: tuple[Level, ...] = ((1, 320), (18, 40))  # 72 q_rows share
 NARROW: tuple[Level, ...] = ((3, 200),)
@@ -58,6 +60,29 @@ DECODE = (
 )
 
 
+@dataclass
+class ExtendCase:
+    name: str
+    groups: list[tuple[int, list[tuple[int, int]]]]
+    head_dim: int = 128
+    dtype: torch.dtype = torch.bfloat16
+    page_size: int = 1
+    order: str = "runs"
+    logit_cap: float = 0.0
+    sinks: bool = False
+    window_left: int = -1
+    tree: bool = False
+
+
+EXTEND = (
+    ExtendCase("prompts, one empty", [(0, [(0, 300), (0, 0), (70, 33)])]),
+    ExtendCase("on a shared prefix, d64 fp16", [(256, [(0, 8)] * 9)], 64, torch.float16, order="permuted"),
+    ExtendCase("cut into chunks, d256, page 16, sinks", [(0, [(2000, 5)])], 256, page_size=16, sinks=True),
+    ExtendCase("window and cap", [(0, [(100, 200)])], order="interleaved", logit_cap=20.0, window_left=20),
+    ExtendCase("trees of drafts", [(128, [(0, 7), (30, 9)])], tree=True),
+)
+
+
 def run_decode(case: DecodeCase) -> None:
     heads, kv_heads = 8, 2
     f = forest(case.levels, case.page_size, case.order, case.lens)
@@ -89,6 +114,24 @@ def run_decode(case: DecodeCase) -> None:
     assert out.cpu().isfinite().all(), f"{case.name}: not finite"
 
 
+def run_extend(case: ExtendCase) -> None:
+    heads, kv_heads = 8, 2
+    b = batch(case.groups, case.page_size, case.order)
+    visible = Visible.MASKED if case.tree else Visible.CAUSAL
+    extend = Extend(b, heads, kv_heads, case.head_dim, visible=visible, window_left=case.window_left)
+    q = torch.randn(b.num_tokens, heads, case.head_dim).to(case.dtype).cuda()
+    k, v = (torch.randn(b.num_slots, kv_heads, case.head_dim).to(case.dtype).cuda() for _ in range(2))
+    options = {
+        "logit_cap": case.logit_cap,
+        "sinks": torch.randn(heads).cuda() if case.sinks else None,
+        "custom_mask": tree_mask(b).cuda() if case.tree else None,
+    }
+    extend.plan()
+    for _ in range(2):  # the second finds the counters as the first leaves them
+        out = extend(q, k, v, scale=0.1, **options)
+    assert out.cpu().isfinite().all(), f"{case.name}: not finite"
+
+
 def run_pager(page_size: int) -> None:
     """A rebuild, an append, the canonical arrays; rows with a start, and staging."""
     f = forest(TREE, page_size)
@@ -113,7 +156,7 @@ def run_pager(page_size: int) -> None:
 
 def main() -> None:
     torch.manual_seed(0)
-    wanted = sys.argv[1:] or ["pager", "decode"]
+    wanted = sys.argv[1:] or ["pager", "decode", "extend"]
     if "pager" in wanted:
         for page_size in (1, 16):
             run_pager(page_size)
@@ -121,6 +164,10 @@ def main() -> None:
         for case in DECODE:
             run_decode(case)
             print(case.name, flush=True)
+    if "extend" in wanted:
+        for extend_case in EXTEND:
+            run_extend(extend_case)
+            print(extend_case.name, flush=True)
     torch.cuda.synchronize()
 
 
