@@ -118,31 +118,15 @@ void extend(TensorView q, TensorView k_cache, TensorView v_cache, TensorView tab
             TensorView out, int64_t page_size, int64_t max_rows, int64_t max_tokens, int64_t partial_capacity,
             int64_t windowed, double scale, double logit_cap, Optional<TensorView> sinks,
             Optional<TensorView> custom_mask) {
-  check_qkv(q, k_cache, v_cache, out);
-  for (auto& [name, t] :
-       {std::pair<const char*, const TensorView&>{"q", q}, {"k_cache", k_cache}, {"v_cache", v_cache}, {"out", out}})
-    check_device(name, t, workspace);
+  check_qkv(q, k_cache, v_cache, out, workspace);
   const int64_t heads = q.size(1), head_dim = q.size(2), kv_heads = k_cache.size(1);
   const WorkspaceLayout w = checked_layout(max_rows, max_tokens, heads, kv_heads, head_dim, partial_capacity);
   FC_CHECK(q.size(0) <= max_tokens) << "q: want at most " << max_tokens << " tokens, got " << shape_text(q);
-  FC_CHECK(scale > 0) << "scale: want a positive number, got " << scale;
-  FC_CHECK(logit_cap >= 0) << "logit_cap: want 0 (none) or a positive number, got " << logit_cap;
-  if (q.size(0) == 0) return;
   Params p{};
+  fill_attention(p, q, k_cache, v_cache, out, scale, logit_cap, sinks);
+  if (q.size(0) == 0) return;
   p.work = checked_workspace(workspace, w);
-  p.q = q.data_ptr();
-  p.out = out.data_ptr();
-  p.k = k_cache.data_ptr();
-  p.v = v_cache.data_ptr();
   p.table = int_array("table", table, workspace, 1);
-  if (sinks.has_value()) {
-    const TensorView& s = sinks.value();
-    check_device("sinks", s, workspace);
-    FC_CHECK(s.dtype().code == kDLFloat && s.dtype().bits == 32 && s.ndim() == 1 && s.size(0) == heads &&
-             s.IsContiguous())
-        << "sinks: want contiguous float32 [" << heads << "], got " << shape_text(s);
-    p.sinks = static_cast<const float*>(s.data_ptr());
-  }
   if (custom_mask.has_value()) {
     const TensorView& m = custom_mask.value();
     check_device("custom_mask", m, workspace);
@@ -152,23 +136,9 @@ void extend(TensorView q, TensorView k_cache, TensorView v_cache, TensorView tab
     p.custom_mask = static_cast<const uint8_t*>(m.data_ptr());
     p.mask_size = m.numel();
   }
-  p.q_row_stride = q.stride(0);
-  p.out_row_stride = out.stride(0);
-  p.kv_slot_stride = k_cache.stride(0);
-  p.kv_head_stride = k_cache.stride(1);
-  p.kv_slot_units = k_cache.stride(0) / 8;
-  p.kv_head_units = k_cache.stride(1) / 8;
-  p.heads = heads;
-  p.kv_heads = kv_heads;
-  p.ratio = heads / kv_heads;
   p.page_shift = log2_of(page_size);
-  p.num_slots = k_cache.size(0);
   p.table_entries = table.numel();
   p.windowed = windowed != 0;
-  constexpr double kLog2e = 1.4426950408889634;
-  p.scale_log2 = logit_cap > 0 ? kLog2e : scale * kLog2e;
-  p.logit_cap = logit_cap;
-  p.cap_scale_log2 = logit_cap > 0 ? 2 * scale / logit_cap * kLog2e : 0;
   const cudaStream_t stream = current_stream(workspace);
   const int ctas = multiprocessors(workspace);
   half_type("q", q) == DType::kBf16 ? launch_dim<__nv_bfloat16>(p, head_dim, ctas, stream)

@@ -2,14 +2,17 @@
 #pragma once
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/extra/c_env_api.h>
+#include <tvm/ffi/optional.h>
 
 #include <string>
+#include <utility>
 
 #include "attention/params.h"
 #include "common/cuda_check.h"
 
 namespace flashcore {
 
+using tvm::ffi::Optional;
 using tvm::ffi::TensorView;
 
 inline std::string shape_text(const TensorView& t) {
@@ -54,9 +57,9 @@ inline DType half_type(const char* name, const TensorView& t) {
   return bf16 ? DType::kBf16 : DType::kFp16;
 }
 
-// q and out [T, H, D], k_cache and v_cache [slots, G, D], as the attention kernels take them.
-inline void check_qkv(const TensorView& q, const TensorView& k_cache, const TensorView& v_cache,
-                      const TensorView& out) {
+// q and out [T, H, D], k_cache and v_cache [slots, G, D], as the attention kernels take them, on `like`'s device.
+inline void check_qkv(const TensorView& q, const TensorView& k_cache, const TensorView& v_cache, const TensorView& out,
+                      const TensorView& like) {
   FC_CHECK(q.ndim() == 3 && q.stride(2) == 1 && q.stride(1) == q.size(2) && q.stride(0) % 8 == 0 &&
            reinterpret_cast<uintptr_t>(q.data_ptr()) % 16 == 0)
       << "q: want [T, H, D] with heads and dims contiguous, aligned to 16 bytes, got " << shape_text(q);
@@ -81,6 +84,42 @@ inline void check_qkv(const TensorView& q, const TensorView& k_cache, const Tens
   FC_CHECK(half_type("k_cache", k_cache) == half_type("q", q) && half_type("v_cache", v_cache) == half_type("q", q) &&
            half_type("out", out) == half_type("q", q))
       << "k_cache, v_cache, out: want the dtype of q, got another";
+  for (auto& [name, t] :
+       {std::pair<const char*, const TensorView&>{"q", q}, {"k_cache", k_cache}, {"v_cache", v_cache}, {"out", out}})
+    check_device(name, t, like);
+}
+
+// What the params structs of the attention kernels have in common.
+template <class Params>
+void fill_attention(Params& p, const TensorView& q, const TensorView& k_cache, const TensorView& v_cache,
+                    const TensorView& out, double scale, double logit_cap, const Optional<TensorView>& sinks) {
+  FC_CHECK(scale > 0) << "scale: want a positive number, got " << scale;
+  FC_CHECK(logit_cap >= 0) << "logit_cap: want 0 (none) or a positive number, got " << logit_cap;
+  p.q = q.data_ptr();
+  p.out = out.data_ptr();
+  p.k = k_cache.data_ptr();
+  p.v = v_cache.data_ptr();
+  p.q_row_stride = q.stride(0);
+  p.out_row_stride = out.stride(0);
+  p.kv_slot_stride = k_cache.stride(0);
+  p.kv_head_stride = k_cache.stride(1);
+  p.kv_slot_units = k_cache.stride(0) / 8;
+  p.kv_head_units = k_cache.stride(1) / 8;
+  p.heads = q.size(1);
+  p.kv_heads = k_cache.size(1);
+  p.ratio = p.heads / p.kv_heads;
+  p.num_slots = k_cache.size(0);
+  constexpr double kLog2e = 1.4426950408889634;
+  p.scale_log2 = logit_cap > 0 ? kLog2e : scale * kLog2e;
+  p.logit_cap = logit_cap;
+  p.cap_scale_log2 = logit_cap > 0 ? 2 * scale / logit_cap * kLog2e : 0;
+  if (!sinks.has_value()) return;
+  const TensorView& s = sinks.value();
+  check_device("sinks", s, q);
+  FC_CHECK(s.dtype().code == kDLFloat && s.dtype().bits == 32 && s.ndim() == 1 && s.size(0) == q.size(1) &&
+           s.IsContiguous())
+      << "sinks: want contiguous float32 [" << q.size(1) << "], got " << shape_text(s);
+  p.sinks = static_cast<const float*>(s.data_ptr());
 }
 
 }  // namespace flashcore
