@@ -48,6 +48,19 @@ __device__ __forceinline__ void store_rows(const DecodeParams& p, SharedStorage<
   }
 }
 
+// A warpgroup skips the buffers of the other one's items, so that the buffer it wants may still be filling with what
+// was there before: the parity of its barrier would then tell of a round too many. The producer comes to a buffer only
+// after that. `done`: tokens of this item done; later buffers are those that the warpgroup itself has emptied.
+template <class C>
+__device__ __forceinline__ void wait_issued(SharedStorage<C>& s, const Ring<C::kBuffers>& ring, int done) {
+  if (done > C::kBuffers / 2 * C::kTile) return;
+  int ahead;
+  do {
+    ahead = ptx::load_acquire(ptx::smem_address(&s.issued)) - ring.at;
+    if (ahead < 0) ahead += 2 * C::kBuffers;
+  } while (ahead == 0 || ahead > C::kBuffers);
+}
+
 template <class C>
 __device__ __forceinline__ void wait_full(SharedStorage<C>& s, const Ring<C::kBuffers>& ring) {
   ptx::mbarrier_wait(ptx::smem_address(&s.full[ring.slot()]), ring.phase());
@@ -104,6 +117,7 @@ __device__ __forceinline__ void attend(const DecodeParams& p, SharedStorage<C>& 
     ring.advance();
     const Ring<C::kBuffers> v_ring = ring;
     ring.advance();
+    wait_issued<C>(s, ring, item.num_tokens - valid);
     wait_full<C>(s, ring);
     ptx::wgmma_touch(scores);
     ptx::wgmma_touch(acc.o);
@@ -125,6 +139,7 @@ __device__ __forceinline__ void attend(const DecodeParams& p, SharedStorage<C>& 
     round_probs<C, kTile>(probs, scores);
   }
   ring.advance();
+  wait_issued<C>(s, ring, 0);
   wait_full<C>(s, ring);
   ptx::wgmma_touch(acc.o);
   ptx::wgmma_fence();

@@ -59,6 +59,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   ptx::grid_dependency_wait();
   if (threadIdx.x < 2) s.list_items[threadIdx.x] = p.work.header->entries[threadIdx.x] * p.kv_heads;
+  if (threadIdx.x == 64) s.issued = 0;
   if (threadIdx.x == 32) s.wide_ctas = min(max(p.work.header->wide_ctas, 0), static_cast<int>(gridDim.x));
   __syncthreads();
   ptx::grid_dependency_launch();

@@ -204,6 +204,7 @@ __device__ __forceinline__ void produce(const DecodeParams& p, const TensorMaps&
           load_share<C>(p, s, ring, kv == 0 ? maps.k : maps.v, kv == 0 ? p.k : p.v, kv_head_of(*item), slot, warp,
                         ptx::thread_id() % 32);
           ring.advance();
+          if (ptx::thread_id() == 0) ptx::store_release(ptx::smem_address(&s.issued), ring.at);
         }
         if (token == 0) load_q<C>(p, s, *item, q_tag, warp, ptx::thread_id() % 32);
         if (last && i == 0) {

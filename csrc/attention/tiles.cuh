@@ -40,6 +40,7 @@ struct SharedStorage {
   WorkItem items[C::kRing];
   int destinations[2][2][kNarrowRows];  // of the q_rows in q, by warpgroup and phase; see kNowhere
   int list_items[2], wide_ctas;
+  int issued;  // ring position behind the last buffer that producer warp 0 has begun to fill
   FeedState feed;
   alignas(8) uint64_t full[C::kBuffers], empty[C::kBuffers], q_full[2], q_empty[2], item_full[C::kRing],
       item_empty[C::kRing];

@@ -89,6 +89,16 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t smem) {
                : "memory");
 }
 
+// ---- shared memory among the threads of a CTA ----
+__device__ __forceinline__ void store_release(uint32_t smem, int value) {
+  asm volatile("st.release.cta.shared::cta.b32 [%0], %1;" ::"r"(smem), "r"(value) : "memory");
+}
+__device__ __forceinline__ int load_acquire(uint32_t smem) {
+  int value;
+  asm volatile("ld.acquire.cta.shared::cta.b32 %0, [%1];" : "=r"(value) : "r"(smem) : "memory");
+  return value;
+}
+
 // ---- warps and grids ----
 // threadIdx.x read anew at every use: in the main loops a register that holds it is one too many.
 __device__ __forceinline__ int thread_id() {
