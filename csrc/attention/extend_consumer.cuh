@@ -282,7 +282,7 @@ __device__ __forceinline__ void leave_q(SharedStorage<C>& s, uint32_t flags) {
 template <class C>
 __device__ __forceinline__ void mask_and_cap(const Params& p, const Item& item, const Tile& tile, uint32_t flags,
                                              float (&scores)[C::kTile / 2], const Rows& rows) {
-  if constexpr (C::kGeneral) cap_scores<C::kTile>(p, scores);
+  if constexpr (C::kGeneral) decode::cap_scores<C::kTile>(p, scores);
   if (flags & kMasked) hide<C>(p, item, tile, scores, rows.ends);
 }
 

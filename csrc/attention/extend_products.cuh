@@ -43,16 +43,6 @@ __device__ __forceinline__ void issue_pv(float (&o)[C::kHeadDim / 2], const uint
   ptx::wgmma_commit();
 }
 
-// Logit cap, if there is one: cap * tanh(s * scale / cap), tanh by exp2: within 1e-6 of exact.
-template <int kTile, class Params>
-__device__ __forceinline__ void cap_scores(const Params& p, float (&scores)[kTile / 2]) {
-  if (p.logit_cap > 0.f) {
-#pragma unroll
-    for (int i = 0; i < kTile / 2; ++i)
-      scores[i] = p.logit_cap - __fdividef(2.f * p.logit_cap, 1.f + ptx::exp2_approx(scores[i] * p.cap_scale_log2));
-  }
-}
-
 // Scores, of which some or all may be -inf, to probabilities in place; returns in `alpha` what the two rows' old sums
 // and outputs are to be multiplied with.
 template <class C, int kTile, class Params>
@@ -70,17 +60,7 @@ __device__ __forceinline__ void softmax_rows(const Params& p, float (&scores)[kT
     const float base = best == -INFINITY ? 0.f : best;  // prevents (-inf) - (-inf)
     alpha[r] = ptx::exp2_approx((acc.max[r] - base) * p.scale_log2);
     acc.max[r] = best;
-    const float shift = base * p.scale_log2;
-    float sum = 0.f;
-#pragma unroll
-    for (int j = 0; j < kTile / 8; ++j) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float& x = scores[j * 4 + r * 2 + i];
-        x = ptx::exp2_approx(fmaf(x, p.scale_log2, -shift));
-        sum += x;
-      }
-    }
+    const float sum = decode::exponentiate_row<kTile>(p, scores, r, base * p.scale_log2);
     acc.sum[r] = acc.sum[r] * alpha[r] + sum;
   }
 }

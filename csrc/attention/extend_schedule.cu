@@ -12,6 +12,7 @@
 //    that causal work ends evenly. By counting sort; the order within a bucket may differ between runs, results do not.
 #include "attention/extend_params.h"
 #include "attention/launch.h"
+#include "common/block_scan.cuh"
 #include "common/ptx.cuh"
 
 namespace flashcore::extend {
@@ -43,28 +44,6 @@ struct Shared {
 __device__ __forceinline__ int read_int(const void* p, bool is_64bit, int i) {
   const int64_t x = is_64bit ? static_cast<const int64_t*>(p)[i] : static_cast<const int*>(p)[i];
   return static_cast<int>(min(max(x, int64_t{0}), int64_t{1} << 30));
-}
-
-// Exclusive prefix of x over the threads; `total` is the sum.
-__device__ __forceinline__ int block_scan(int x, int* scratch, int& total) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int inclusive = x;
-#pragma unroll
-  for (int i = 1; i < 32; i *= 2) {
-    const int other = __shfl_up_sync(~0u, inclusive, i);
-    if (lane >= i) inclusive += other;
-  }
-  __syncthreads();
-  if (lane == 31) scratch[warp] = inclusive;
-  __syncthreads();
-  int before = 0;
-  total = 0;
-#pragma unroll
-  for (int i = 0; i < kWarps; ++i) {
-    before += i < warp ? scratch[i] : 0;
-    total += scratch[i];
-  }
-  return before + inclusive - x;
 }
 
 // The last index of array[0 .. n] whose value is at most x; array[0] is.
@@ -106,7 +85,7 @@ __device__ __forceinline__ void load_rows(const ScheduleParams& p, Shared& s) {
   int total;
   // q holds the rows in their own order; lengths that exceed it are cut.
   const int wanted = k < batch ? min(read_int(p.q_lens, p.q_lens_are_64bit, k), p.num_tokens) : 0;
-  const int first = min(block_scan(wanted, s.scratch, total), p.num_tokens);
+  const int first = min(block_scan<kWarps>(wanted, s.scratch, total), p.num_tokens);
   s.row_first[k] = first;
   __syncthreads();
   int row = 0, q_len = 0;
@@ -117,7 +96,7 @@ __device__ __forceinline__ void load_rows(const ScheduleParams& p, Shared& s) {
     s.q_first[k] = s.row_first[row];
     s.seq_len[k] = min(read_int(p.seq_lens, p.seq_lens_are_64bit, row), p.table_stride * p.layout.page_size);
   }
-  const int begin = min(block_scan(q_len, s.scratch, total), p.num_tokens);
+  const int begin = min(block_scan<kWarps>(q_len, s.scratch, total), p.num_tokens);
   s.q_begin[k] = begin;
   if (k == kThreads - 1) s.q_begin[kThreads] = min(begin + q_len, p.num_tokens);
   __syncthreads();
@@ -153,7 +132,7 @@ __device__ __forceinline__ void write_mask_offsets(const ScheduleParams& p, Shar
     size = min(read_int(p.q_lens, p.q_lens_are_64bit, k), p.num_tokens) *
            min(read_int(p.seq_lens, p.seq_lens_are_64bit, k), p.table_stride * p.layout.page_size);
   }
-  const int first = block_scan(size, s.scratch, total);
+  const int first = block_scan<kWarps>(size, s.scratch, total);
   s.row_first[k] = first;
   __syncthreads();
   const int tokens = s.q_begin[batch];
@@ -186,7 +165,7 @@ __device__ __forceinline__ int make_bundles(const ScheduleParams& p, Shared& s, 
   // K and V by the first row of a group; the others add what is their own.
   int total;
   const int own = k < batch ? s.seq_len[k] - (k == leader ? 0 : prefix) : 0;
-  const int kv_begin = block_scan(own, s.scratch, total);
+  const int kv_begin = block_scan<kWarps>(own, s.scratch, total);
   s.kv_begin[k] = kv_begin;
   if (k == kThreads - 1) s.kv_begin[kThreads] = kv_begin + own;
 
@@ -209,7 +188,7 @@ __device__ __forceinline__ int make_bundles(const ScheduleParams& p, Shared& s, 
   s.leader[k] = leader;
   s.bundle_end[k] = min(end, batch);
   const int q_rows = k < batch && leader == k ? (s.q_begin[min(end, batch)] - s.q_begin[k]) * ratio : 0;
-  const int tiles = block_scan(ceil_div(q_rows, kRows), s.scratch, total);
+  const int tiles = block_scan<kWarps>(ceil_div(q_rows, kRows), s.scratch, total);
   s.tile_begin[k] = tiles;
   if (k == kThreads - 1) s.tile_begin[kThreads] = total;
   __syncthreads();
@@ -423,7 +402,7 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(const __grid_constan
   int counts[kPer], sum = 0, total;
 #pragma unroll
   for (int i = 0; i < kPer; ++i) sum += counts[i] = s.histogram[tid * kPer + i];
-  int before = block_scan(sum, s.scratch, total);
+  int before = block_scan<kWarps>(sum, s.scratch, total);
 #pragma unroll
   for (int i = 0; i < kPer; ++i) {
     s.histogram[tid * kPer + i] = before;

@@ -65,16 +65,38 @@ __device__ __forceinline__ void round_probs(uint32_t (&probs)[kTile / 16][4], co
   }
 }
 
+// Logit cap, if there is one: cap * tanh(s * scale / cap), tanh by exp2: within 1e-6 of exact.
+template <int kTile, class Params>
+__device__ __forceinline__ void cap_scores(const Params& p, float (&scores)[kTile / 2]) {
+  if (p.logit_cap > 0.f) {
+#pragma unroll
+    for (int i = 0; i < kTile / 2; ++i)
+      scores[i] = p.logit_cap - __fdividef(2.f * p.logit_cap, 1.f + ptx::exp2_approx(scores[i] * p.cap_scale_log2));
+  }
+}
+
+// Of one of the thread's two rows: scores to probabilities in place, against the maximum `shift`, and their sum.
+template <int kTile, class Params>
+__device__ __forceinline__ float exponentiate_row(const Params& p, float (&scores)[kTile / 2], int row, float shift) {
+  float sum = 0.f;
+#pragma unroll
+  for (int j = 0; j < kTile / 8; ++j) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float& x = scores[j * 4 + row * 2 + i];
+      x = ptx::exp2_approx(fmaf(x, p.scale_log2, -shift));
+      sum += x;
+    }
+  }
+  return sum;
+}
+
 // Scores to probabilities in place; returns in `alpha` what the two rows' old sums and outputs are to be multiplied
 // with. `valid` tokens of the tile exist (>= 1, so the new maximum is finite and (-inf) - (-inf) cannot occur).
 template <class C, int kTile, class Params>
 __device__ __forceinline__ void softmax_step(const Params& p, float (&scores)[kTile / 2], Accumulators<C>& acc,
                                              float (&alpha)[2], int valid) {
-  if (p.logit_cap > 0.f) {  // cap * tanh(s * scale / cap), tanh by exp2: within 1e-6 of exact
-#pragma unroll
-    for (int i = 0; i < kTile / 2; ++i)
-      scores[i] = p.logit_cap - __fdividef(2.f * p.logit_cap, 1.f + ptx::exp2_approx(scores[i] * p.cap_scale_log2));
-  }
+  cap_scores<kTile>(p, scores);
   if (valid < kTile) {
     const int limit = valid - (ptx::thread_id() & 3) * 2;
 #pragma unroll
@@ -91,17 +113,7 @@ __device__ __forceinline__ void softmax_step(const Params& p, float (&scores)[kT
     best = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
     alpha[r] = ptx::exp2_approx((acc.max[r] - best) * p.scale_log2);
     acc.max[r] = best;
-    const float shift = best * p.scale_log2;
-    float sum = 0.f;
-#pragma unroll
-    for (int j = 0; j < kTile / 8; ++j) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float& x = scores[j * 4 + r * 2 + i];
-        x = ptx::exp2_approx(fmaf(x, p.scale_log2, -shift));
-        sum += x;
-      }
-    }
+    const float sum = exponentiate_row<kTile>(p, scores, r, best * p.scale_log2);
     acc.sum[r] = acc.sum[r] * alpha[r] + sum;
   }
 }

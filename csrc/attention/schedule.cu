@@ -14,6 +14,7 @@
 // Order of everything is fixed by scans and integer sums, so the list is the same in every run.
 #include "attention/launch.h"
 #include "attention/params.h"
+#include "common/block_scan.cuh"
 #include "common/ptx.cuh"
 
 namespace flashcore {
@@ -83,29 +84,6 @@ __device__ __forceinline__ T block_sum(T x, T* scratch) {
 #pragma unroll
   for (int i = 0; i < kWarps; ++i) sum += scratch[i];
   return sum;
-}
-
-// Exclusive prefix of x over the threads; `total` is the sum.
-template <typename T>
-__device__ __forceinline__ T block_scan(T x, T* scratch, T& total) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  T inclusive = x;
-#pragma unroll
-  for (int i = 1; i < 32; i *= 2) {
-    const T other = __shfl_up_sync(~0u, inclusive, i);
-    if (lane >= i) inclusive += other;
-  }
-  __syncthreads();
-  if (lane == 31) scratch[warp] = inclusive;
-  __syncthreads();
-  T before = 0;
-  total = 0;
-#pragma unroll
-  for (int i = 0; i < kWarps; ++i) {
-    before += i < warp ? scratch[i] : 0;
-    total += scratch[i];
-  }
-  return before + inclusive - x;
 }
 
 // Cost class of the items of a segment: 0 the costliest. Four per list, in 16-bit fields of one word.
@@ -281,9 +259,9 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(const __grid_constan
     narrow_counts += s.wide ? 0 : count;
     partials += partial_rows(p, s, c);
   }
-  u64 wide_at = block_scan(wide_counts, scratch64, wide_totals),
-      narrow_at = block_scan(narrow_counts, scratch64, narrow_totals);
-  int partial = block_scan(partials, scratch, all_partials);
+  u64 wide_at = block_scan<kWarps>(wide_counts, scratch64, wide_totals),
+      narrow_at = block_scan<kWarps>(narrow_counts, scratch64, narrow_totals);
+  int partial = block_scan<kWarps>(partials, scratch, all_partials);
   wide_at += (wide_totals << 16) + (wide_totals << 32) + (wide_totals << 48);
   narrow_at += (narrow_totals << 16) + (narrow_totals << 32) + (narrow_totals << 48);
 
