@@ -10,13 +10,6 @@
 namespace flashcore {
 namespace {
 
-void check_heads(int64_t heads, int64_t kv_heads, int64_t head_dim) {
-  FC_CHECK(kv_heads > 0 && heads > 0 && heads % kv_heads == 0 && heads / kv_heads <= kNarrowRows)
-      << "heads: want a multiple of kv_heads, at most " << kNarrowRows << " times it, got " << heads << " heads on "
-      << kv_heads << " KV heads";
-  FC_CHECK(head_dim == 64 || head_dim == 128 || head_dim == 256) << "head_dim: want 64, 128 or 256, got " << head_dim;
-}
-
 WorkspaceLayout checked_layout(int64_t batch, int64_t segment_capacity, int64_t heads, int64_t kv_heads,
                                int64_t head_dim, int64_t partial_capacity) {
   check_heads(heads, kv_heads, head_dim);
@@ -30,14 +23,7 @@ WorkspaceLayout checked_layout(int64_t batch, int64_t segment_capacity, int64_t 
 }
 
 Workspace checked_workspace(const TensorView& workspace, const WorkspaceLayout& w) {
-  FC_CHECK(workspace.device().device_type == kDLCUDA)
-      << "workspace: want a CUDA tensor, got device type " << static_cast<int>(workspace.device().device_type);
-  const size_t bytes = workspace.numel() * workspace.dtype().bits / 8;
-  FC_CHECK(workspace.IsContiguous() && bytes >= w.bytes)
-      << "workspace: want at least " << w.bytes << " contiguous bytes (decode_workspace_bytes), got " << bytes;
-  FC_CHECK(reinterpret_cast<uintptr_t>(workspace.data_ptr()) % 256 == 0)
-      << "workspace: want 256-byte alignment, got address " << workspace.data_ptr();
-  return bind_workspace(w, workspace.data_ptr());
+  return bind_workspace(w, workspace_memory(workspace, w.bytes, "decode_workspace_bytes"));
 }
 
 int64_t decode_workspace_bytes(int64_t batch, int64_t segment_capacity, int64_t heads, int64_t kv_heads,

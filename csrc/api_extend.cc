@@ -2,9 +2,7 @@
 // is allocated. Errors: ValueError "<argument>: want <rule>, got <value>".
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/function.h>
-#include <tvm/ffi/optional.h>
 
 #include <algorithm>
 
@@ -14,16 +12,11 @@
 namespace flashcore::extend {
 namespace {
 
-using tvm::ffi::Optional;
-
-constexpr int64_t kMaxRatio = 64, kMaxTokens = 1 << 20;
+constexpr int64_t kMaxTokens = 1 << 20;
 
 WorkspaceLayout checked_layout(int64_t max_rows, int64_t max_tokens, int64_t heads, int64_t kv_heads, int64_t head_dim,
                                int64_t partial_capacity) {
-  FC_CHECK(kv_heads > 0 && heads > 0 && heads % kv_heads == 0 && heads / kv_heads <= kMaxRatio)
-      << "heads: want a multiple of kv_heads, at most " << kMaxRatio << " times it, got " << heads << " heads on "
-      << kv_heads << " KV heads";
-  FC_CHECK(head_dim == 64 || head_dim == 128 || head_dim == 256) << "head_dim: want 64, 128 or 256, got " << head_dim;
+  check_heads(heads, kv_heads, head_dim);
   FC_CHECK(max_rows >= 1 && max_rows <= kMaxBatch) << "max_rows: want 1 .. " << kMaxBatch << ", got " << max_rows;
   FC_CHECK(max_tokens >= 1 && max_tokens <= kMaxTokens)
       << "max_tokens: want 1 .. " << kMaxTokens << ", got " << max_tokens;
@@ -33,13 +26,7 @@ WorkspaceLayout checked_layout(int64_t max_rows, int64_t max_tokens, int64_t hea
 }
 
 Workspace checked_workspace(const TensorView& workspace, const WorkspaceLayout& w) {
-  check_device("workspace", workspace, workspace);
-  const size_t bytes = workspace.numel() * workspace.dtype().bits / 8;
-  FC_CHECK(workspace.IsContiguous() && bytes >= w.bytes)
-      << "workspace: want at least " << w.bytes << " contiguous bytes (extend_workspace_bytes), got " << bytes;
-  FC_CHECK(reinterpret_cast<uintptr_t>(workspace.data_ptr()) % 256 == 0)
-      << "workspace: want 256-byte alignment, got address " << workspace.data_ptr();
-  return bind_workspace(w, workspace.data_ptr());
+  return bind_workspace(w, workspace_memory(workspace, w.bytes, "extend_workspace_bytes"));
 }
 
 int log2_of(int64_t page_size) {

@@ -57,6 +57,25 @@ inline DType half_type(const char* name, const TensorView& t) {
   return bf16 ? DType::kBf16 : DType::kFp16;
 }
 
+// Heads and head dims that the attention kernels are made for.
+inline void check_heads(int64_t heads, int64_t kv_heads, int64_t head_dim) {
+  FC_CHECK(kv_heads > 0 && heads > 0 && heads % kv_heads == 0 && heads / kv_heads <= kNarrowRows)
+      << "heads: want a multiple of kv_heads, at most " << kNarrowRows << " times it, got " << heads << " heads on "
+      << kv_heads << " KV heads";
+  FC_CHECK(head_dim == 64 || head_dim == 128 || head_dim == 256) << "head_dim: want 64, 128 or 256, got " << head_dim;
+}
+
+// The workspace's memory. `size_function`: the export that says how many bytes it needs.
+inline void* workspace_memory(const TensorView& workspace, size_t needed, const char* size_function) {
+  check_device("workspace", workspace, workspace);
+  const size_t bytes = workspace.numel() * workspace.dtype().bits / 8;
+  FC_CHECK(workspace.IsContiguous() && bytes >= needed)
+      << "workspace: want at least " << needed << " contiguous bytes (" << size_function << "), got " << bytes;
+  FC_CHECK(reinterpret_cast<uintptr_t>(workspace.data_ptr()) % 256 == 0)
+      << "workspace: want 256-byte alignment, got address " << workspace.data_ptr();
+  return workspace.data_ptr();
+}
+
 // q and out [T, H, D], k_cache and v_cache [slots, G, D], as the attention kernels take them, on `like`'s device.
 inline void check_qkv(const TensorView& q, const TensorView& k_cache, const TensorView& v_cache, const TensorView& out,
                       const TensorView& like) {

@@ -59,3 +59,20 @@ def test_sizes_that_are_not_served_are_named(change: dict[str, int], message: st
     assert size(*sizes.values()) > 0
     with pytest.raises(ValueError, match=message):
         size(*(sizes | change).values())
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"heads": 30}, "heads: want a multiple of kv_heads"),
+        ({"head_dim": 96}, "head_dim: want 64, 128 or 256, got 96"),
+        ({"max_rows": 0}, "max_rows: want 1"),
+        ({"max_tokens": 0}, "max_tokens: want 1"),
+    ],
+)
+def test_sizes_that_extend_does_not_serve_are_named(change: dict[str, int], message: str) -> None:
+    sizes = {"max_rows": 4, "max_tokens": 64, "heads": 32, "kv_heads": 8, "head_dim": 128, "partial_capacity": 16}
+    size = build.library("cuda").extend_workspace_bytes
+    assert size(*sizes.values()) > 0
+    with pytest.raises(ValueError, match=message):
+        size(*(sizes | change).values())
