@@ -30,6 +30,7 @@ from torch import Tensor
 
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import peers  # noqa: E402
 from gpu.extend_cases import Batch, Extend, batch  # noqa: E402
 
 from flashcore_sglang.config import cost_model  # noqa: E402
@@ -73,25 +74,9 @@ def visible_pairs(b: Batch) -> int:
 
 
 def fa3(b: Batch, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Any]:
-    from sgl_kernel.flash_attn import flash_attn_with_kvcache
-
     table = (b.table[1:, :: b.page_size] // b.page_size).cuda()
-    lens = b.seq_lens.int().cuda()
     starts = torch.cat([torch.zeros(1), b.q_lens.cumsum(0)]).int().cuda()
-    keys, values = (x.view(-1, b.page_size, *x.shape[1:]) for x in (k, v))
-    return lambda: flash_attn_with_kvcache(
-        q=q,
-        k_cache=keys,
-        v_cache=values,
-        page_table=table,
-        cache_seqlens=lens,
-        cu_seqlens_q=starts,
-        max_seqlen_q=int(b.q_lens.max()),
-        softmax_scale=q.shape[2] ** -0.5,
-        causal=True,
-        window_size=(-1, -1),
-        softcap=0.0,
-    )
+    return peers.fa3_paged(q, k, v, b.page_size, table, b.seq_lens.int().cuda(), starts, int(b.q_lens.max()))
 
 
 def fa3_contiguous(b: Batch, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Any]:
@@ -115,7 +100,7 @@ def flashinfer_prefill(b: Batch, q: Tensor, k: Tensor, v: Tensor) -> Callable[[]
     pages = b.table[1:, :: b.page_size] // b.page_size
     starts = torch.cat([torch.zeros(1), b.q_lens.cumsum(0)]).int().cuda()
     wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
-        torch.empty(512 << 20, dtype=torch.uint8, device="cuda"), "NHD", backend="auto"
+        torch.empty(peers.WORKSPACE_BYTES, dtype=torch.uint8, device="cuda"), "NHD", backend="auto"
     )
     wrapper.plan(
         starts,

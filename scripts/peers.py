@@ -15,12 +15,40 @@ from torch import Tensor
 WORKSPACE_BYTES = 512 << 20
 
 
+def fa3_paged(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    page_size: int,
+    table: Tensor,
+    lens: Tensor,
+    starts: Tensor,
+    most: int,
+    **options: Any,
+) -> Callable[[], Any]:
+    """FA3 over a table of pages, causal; `starts`: where each request's queries begin, `most`: of one request."""
+    from sgl_kernel.flash_attn import flash_attn_with_kvcache
+
+    keys, values = (x.view(-1, page_size, *x.shape[1:]) for x in (k, v))
+    return lambda: flash_attn_with_kvcache(
+        q=q,
+        k_cache=keys,
+        v_cache=values,
+        page_table=table,
+        cache_seqlens=lens,
+        cu_seqlens_q=starts,
+        max_seqlen_q=most,
+        softmax_scale=q.shape[2] ** -0.5,
+        causal=True,
+        window_size=(-1, -1),
+        softcap=0.0,
+        **options,
+    )
+
+
 def fa3(f: Forest, q: Tensor, k: Tensor, v: Tensor, max_context: int) -> Callable[[], Any]:
     """SGLang's call: precomputed scheduler metadata, FA3's own choice of splits, rows of `max_context` tokens."""
-    from sgl_kernel.flash_attn import (
-        flash_attn_with_kvcache,
-        get_scheduler_metadata,
-    )
+    from sgl_kernel.flash_attn import get_scheduler_metadata
 
     heads, head_dim, kv_heads = q.shape[1], q.shape[2], k.shape[1]
     pages = f.table[1:, :: f.page_size] // f.page_size
@@ -43,22 +71,7 @@ def fa3(f: Forest, q: Tensor, k: Tensor, v: Tensor, max_context: int) -> Callabl
         has_softcap=False,
         num_splits=0,
     )
-    keys, values = (x.view(-1, f.page_size, kv_heads, head_dim) for x in (k, v))
-    return lambda: flash_attn_with_kvcache(
-        q=q,
-        k_cache=keys,
-        v_cache=values,
-        page_table=table,
-        cache_seqlens=lens,
-        cu_seqlens_q=starts,
-        max_seqlen_q=1,
-        softmax_scale=head_dim**-0.5,
-        causal=True,
-        window_size=(-1, -1),
-        softcap=0.0,
-        num_splits=0,
-        scheduler_metadata=metadata,
-    )
+    return fa3_paged(q, k, v, f.page_size, table, lens, starts, 1, num_splits=0, scheduler_metadata=metadata)
 
 
 def flashinfer_decode(f: Forest, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Any]:
