@@ -44,35 +44,30 @@ def test_the_argument_is_named(name: str, arguments: dict[str, Any], change: dic
         getattr(build.library("cuda"), name)(*(arguments | change).values())
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"heads": 30}, "heads: want a multiple of kv_heads"),
-        ({"head_dim": 96}, "head_dim: want 64, 128 or 256, got 96"),
-        ({"partial_capacity": 0}, "partial_capacity: want a positive size"),
-        ({"batch": 0}, "batch: want 1"),
-    ],
-)
-def test_sizes_that_are_not_served_are_named(change: dict[str, int], message: str) -> None:
-    sizes = {"batch": 4, "segment_capacity": 8, "heads": 32, "kv_heads": 8, "head_dim": 128, "partial_capacity": 64}
-    size = build.library("cuda").decode_workspace_bytes
-    assert size(*sizes.values()) > 0
-    with pytest.raises(ValueError, match=message):
-        size(*(sizes | change).values())
+DECODE_SIZES = {"batch": 4, "segment_capacity": 8, "heads": 32, "kv_heads": 8, "head_dim": 128, "partial_capacity": 64}
+EXTEND_SIZES = {"max_rows": 4, "max_tokens": 64, "heads": 32, "kv_heads": 8, "head_dim": 128, "partial_capacity": 16}
+
+
+@pytest.mark.parametrize("name, sizes", [("decode", DECODE_SIZES), ("extend", EXTEND_SIZES)])
+def test_sizes_that_are_served_have_a_workspace(name: str, sizes: dict[str, int]) -> None:
+    assert getattr(build.library("cuda"), f"{name}_workspace_bytes")(*sizes.values()) > 0
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "name, sizes, change, message",
     [
-        ({"heads": 30}, "heads: want a multiple of kv_heads"),
-        ({"head_dim": 96}, "head_dim: want 64, 128 or 256, got 96"),
-        ({"max_rows": 0}, "max_rows: want 1"),
-        ({"max_tokens": 0}, "max_tokens: want 1"),
+        ("decode", DECODE_SIZES, {"heads": 30}, "heads: want a multiple of kv_heads"),
+        ("decode", DECODE_SIZES, {"head_dim": 96}, "head_dim: want 64, 128 or 256, got 96"),
+        ("decode", DECODE_SIZES, {"partial_capacity": 0}, "partial_capacity: want a positive size"),
+        ("decode", DECODE_SIZES, {"batch": 0}, "batch: want 1"),
+        ("extend", EXTEND_SIZES, {"heads": 30}, "heads: want a multiple of kv_heads"),
+        ("extend", EXTEND_SIZES, {"head_dim": 96}, "head_dim: want 64, 128 or 256, got 96"),
+        ("extend", EXTEND_SIZES, {"max_rows": 0}, "max_rows: want 1"),
+        ("extend", EXTEND_SIZES, {"max_tokens": 0}, "max_tokens: want 1"),
     ],
 )
-def test_sizes_that_extend_does_not_serve_are_named(change: dict[str, int], message: str) -> None:
-    sizes = {"max_rows": 4, "max_tokens": 64, "heads": 32, "kv_heads": 8, "head_dim": 128, "partial_capacity": 16}
-    size = build.library("cuda").extend_workspace_bytes
-    assert size(*sizes.values()) > 0
+def test_sizes_that_are_not_served_are_named(
+    name: str, sizes: dict[str, int], change: dict[str, int], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
-        size(*(sizes | change).values())
+        getattr(build.library("cuda"), f"{name}_workspace_bytes")(*(sizes | change).values())
