@@ -34,14 +34,15 @@ __device__ __forceinline__ void issue_qk(float (&scores)[kTile / 2],
   ptx::wgmma_commit();
 }
 
-// O += P v of one tile; sixteen tokens (two groups) per instruction.
+// O += P v of one tile, O = P v without `accumulate`; sixteen tokens (two groups) per instruction.
 template <class C, int kTile>
 __device__ __forceinline__ void issue_pv(float (&o)[C::kHeadDim / 2], const uint32_t (&probs)[kTile / 16][4],
-                                         uint32_t v_smem) {
+                                         uint32_t v_smem, int accumulate = 1) {
 #pragma unroll
   for (int step = 0; step < kTile / 16; ++step) {
     ptx::wgmma<typename C::T, C::kHeadDim, 1>(
-        o, probs[step], ptx::wgmma_descriptor(v_smem + step * 2 * C::kGroupBytes, 1024, C::kGroupBytes), 1);
+        o, probs[step], ptx::wgmma_descriptor(v_smem + step * 2 * C::kGroupBytes, 1024, C::kGroupBytes),
+        step > 0 ? 1 : accumulate);
   }
   ptx::wgmma_commit();
 }
@@ -70,10 +71,16 @@ __device__ __forceinline__ void round_probs(uint32_t (&probs)[kTile / 16][4], co
 template <class C, int kTile, class Params>
 __device__ __forceinline__ void softmax_step(const Params& p, float (&scores)[kTile / 2], Accumulators<C>& acc,
                                              float (&alpha)[2], int valid) {
-  if (p.logit_cap > 0.f) {  // cap * tanh(s * scale / cap), tanh by exp2: within 1e-6 of exact
+  constexpr int kCapped = C::kQInRegisters ? 8 : kTile / 2;  // scores in one branch: as many as registers allow
 #pragma unroll
-    for (int i = 0; i < kTile / 2; ++i)
-      scores[i] = p.logit_cap - __fdividef(2.f * p.logit_cap, 1.f + ptx::exp2_approx(scores[i] * p.cap_scale_log2));
+  for (int from = 0; from < kTile / 2; from += kCapped) {
+    float cap = p.logit_cap;
+    if constexpr (kCapped < kTile / 2) asm volatile("" : "+f"(cap));  // else the branches become one
+    if (cap > 0.f) {  // cap * tanh(s * scale / cap), tanh by exp2: within 1e-6 of exact
+#pragma unroll
+      for (int i = from; i < from + kCapped; ++i)
+        scores[i] = fmaf(-2.f * cap, ptx::rcp_approx(1.f + ptx::exp2_approx(scores[i] * p.cap_scale_log2)), cap);
+    }
   }
   if (valid < kTile) {
     const int limit = valid - (ptx::thread_id() & 3) * 2;
