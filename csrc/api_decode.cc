@@ -4,6 +4,8 @@
 #include <cuda_fp16.h>
 #include <tvm/ffi/function.h>
 
+#include <algorithm>
+
 #include "attention/params.h"
 #include "common/tensor_check.h"
 
@@ -60,7 +62,7 @@ void decode_schedule(TensorView sizes, TensorView row_order, TensorView segment_
             head_dim == 256 ? 64 : 128};
   p.kv_heads = kv_heads;
   p.ratio = heads / kv_heads;
-  p.ctas = multiprocessors(workspace);
+  p.ctas = std::min(multiprocessors(workspace), kMaxCtas);
   launch_schedule(p, current_stream(workspace));
 }
 
@@ -71,39 +73,30 @@ void launch_decode_dim(const DecodeParams& p, int64_t head_dim, int ctas, cudaSt
   if (head_dim == 256) launch_decode<T, 256>(p, ctas, stream);
 }
 
-void decode(TensorView q, TensorView k_cache, TensorView v_cache, TensorView page_indices, TensorView row_indptr,
-            TensorView row_segments, TensorView workspace, TensorView out, int64_t segment_capacity,
-            int64_t partial_capacity, int64_t page_size, double scale, double logit_cap, Optional<TensorView> sinks) {
+void decode(TensorView q, TensorView k_cache, TensorView v_cache, TensorView page_indices, TensorView workspace,
+            TensorView out, int64_t segment_capacity, int64_t partial_capacity, int64_t page_size, double scale,
+            double logit_cap, Optional<TensorView> sinks) {
   check_qkv(q, k_cache, v_cache, out, workspace);
   const int64_t batch = q.size(0), heads = q.size(1), head_dim = q.size(2), kv_heads = k_cache.size(1);
   const WorkspaceLayout w = checked_layout(batch, segment_capacity, heads, kv_heads, head_dim, partial_capacity);
-  FC_CHECK(page_size > 0) << "page_size: want a positive size, got " << page_size;
+  FC_CHECK(page_size > 0 && page_size <= kMaxPageSize)
+      << "page_size: want 1 .. " << kMaxPageSize << ", got " << page_size;
   DecodeParams p{};
   p.work = checked_workspace(workspace, w);
   fill_attention(p, q, k_cache, v_cache, out, scale, logit_cap, sinks);
   p.batch = batch;
   p.page_size = page_size;
+  p.page_shift = 31;
+  while ((int64_t{1} << (p.page_shift - 31)) < page_size) ++p.page_shift;
+  p.page_magic = static_cast<uint32_t>(((int64_t{1} << p.page_shift) + page_size - 1) / page_size);
   p.page_indices = int_array("page_indices", page_indices, workspace, 1);
   p.page_capacity = page_indices.numel();
   const cudaStream_t stream = current_stream(workspace);
   const DType dtype = half_type("q", q);
-  const int ctas = multiprocessors(workspace);
+  const int ctas = std::min(multiprocessors(workspace), kMaxCtas);
   dtype == DType::kBf16 ? launch_decode_dim<__nv_bfloat16>(p, head_dim, ctas, stream)
                         : launch_decode_dim<__half>(p, head_dim, ctas, stream);
-
-  MergeParams m{};
-  m.layout.row_indptr = int_array("row_indptr", row_indptr, workspace, batch + 1);
-  m.layout.row_segments = int_array("row_segments", row_segments, workspace, 1);
-  m.layout.batch = batch;
-  m.layout.segment_capacity = segment_capacity;
-  m.layout.row_segment_capacity = row_segments.numel();
-  m.work = p.work;
-  m.sinks = p.sinks;
-  m.out = p.out;
-  m.out_row_stride = p.out_row_stride;
-  m.heads = heads;
-  m.head_dim = head_dim;
-  launch_merge(dtype, m, stream);
+  launch_merge(dtype, {p.work, p.sinks, p.out, p.out_row_stride, p.batch, p.heads, static_cast<int>(head_dim)}, stream);
 }
 
 }  // namespace

@@ -118,7 +118,7 @@ class GpuDecode:
         if q.shape[0] != self.num_tokens:
             raise ValueError(f"q: want {self.num_tokens} rows, one for each planned request, got {q.shape[0]}")
         self._library.decode(
-            q, k_cache, v_cache, x.table, x.row_indptr, x.row_segments, self._workspace, out, self._segments,
-            self._partials, self.page_size, scale, logit_cap, sinks,
+            q, k_cache, v_cache, x.table, self._workspace, out, self._segments, self._partials, self.page_size,
+            scale, logit_cap, sinks,
         )  # fmt: skip
         return out

@@ -137,6 +137,7 @@ def run_case(name: str, variant: str, args: argparse.Namespace, flush: Callable[
         "attention": captured(lambda: extend.kernels.attend(q, k, v, out, scale=scale)),
         "plan": captured(extend.plan),
     }
+    calls = []  # own the buffers that the graphs use
     for peer in [p for p in args.peers.split(",") if p in PEERS]:
         try:
             call = PEERS[peer](b, q, k, v)
@@ -146,6 +147,7 @@ def run_case(name: str, variant: str, args: argparse.Namespace, flush: Callable[
                 (theirs.view_as(out).float() - out.float()).norm() / out.float().norm()
             )
             contenders[peer] = captured(call)
+            calls.append(call)
         except Exception as e:
             results[f"{peer}_error"] = f"{type(e).__name__}: {e}"[:300]
     if args.product:

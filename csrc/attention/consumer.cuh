@@ -5,6 +5,14 @@
 
 namespace flashcore::decode {
 
+// Which of the two consumer warpgroups this is.
+__device__ __forceinline__ int warpgroup_id() { return ptx::thread_id() / 128 - 1; }
+
+// First q_row of this warpgroup within its item.
+__device__ __forceinline__ int first_q_row(const WorkItem& item) {
+  return item.q_row + (item.q_rows > kNarrowRows ? warpgroup_id() * kNarrowRows : 0);
+}
+
 // Divides, adds the sink where the row ends here, and stores 8 (fp32) or 4 (16-bit) bytes per thread and 8 columns.
 template <class C>
 __device__ __forceinline__ void store_rows(const DecodeParams& p, SharedStorage<C>& s, const WorkItem& item,
@@ -22,8 +30,7 @@ __device__ __forceinline__ void store_rows(const DecodeParams& p, SharedStorage<
     const int in_half = warp * 16 + lane / 4 + 8 * r;
     const int to = s.destinations[warpgroup][q_phase_of(item, warpgroup)][in_half];
     if (to == kNowhere) continue;
-    const int q_row = item.q_row + (item.q_rows > kNarrowRows ? warpgroup * kNarrowRows : 0) + in_half;
-    const int head = kv_head_of(item) * p.ratio + q_row % p.ratio;
+    const int head = kv_head_of(item) * p.ratio + (first_q_row(item) + in_half) % p.ratio;
     const float max2 = acc.max[r] * p.scale_log2;
     if (to < 0) {
       if (p.sinks != nullptr) sum += ptx::exp2_approx(p.sinks[head] * kLog2e - max2);
@@ -49,40 +56,64 @@ __device__ __forceinline__ void store_rows(const DecodeParams& p, SharedStorage<
 }
 
 // A warpgroup skips the buffers of the other one's items, so that the buffer it wants may still be filling with what
-// was there before: the parity of its barrier would then tell of a round too many. The producer comes to a buffer only
-// after that. `done`: tokens of this item done; later buffers are those that the warpgroup itself has emptied.
-template <class C>
-__device__ __forceinline__ void wait_issued(SharedStorage<C>& s, const Ring<C::kBuffers>& ring, int done) {
-  if (done > C::kBuffers / 2 * C::kTile) return;
+// was there before: the parity of its barrier would then tell of a round too many. The loader comes to a buffer only
+// after that. `issued`: of K or of V; `done`: tokens of this item done; later buffers are those that the warpgroup
+// itself has emptied.
+template <int kBuffers>
+__device__ __forceinline__ void wait_issued(const int* issued, const Ring<kBuffers>& ring, int done, int tile) {
+  if (done > kBuffers * tile) return;
   int ahead;
   do {
-    ahead = ptx::load_acquire(ptx::smem_address(&s.issued)) - ring.at;
-    if (ahead < 0) ahead += 2 * C::kBuffers;
-  } while (ahead == 0 || ahead > C::kBuffers);
+    ahead = ptx::load_acquire(ptx::smem_address(issued)) - ring.at;
+    if (ahead < 0) ahead += 2 * kBuffers;
+  } while (ahead == 0 || ahead > kBuffers);
 }
 
-template <class C>
-__device__ __forceinline__ void wait_full(SharedStorage<C>& s, const Ring<C::kBuffers>& ring) {
-  ptx::mbarrier_wait(ptx::smem_address(&s.full[ring.slot()]), ring.phase());
+__device__ __forceinline__ void wait_full(uint32_t barrier, uint32_t phase) {
+  ptx::mbarrier_wait(barrier, phase);
   ptx::fence_proxy_async();  // scattered tokens came by cp.async, through the generic proxy
 }
 
 // A buffer is free after two arrivals: one of each warpgroup, or two of the only one that reads it.
-template <class C>
-__device__ __forceinline__ void release(SharedStorage<C>& s, const Ring<C::kBuffers>& ring, const WorkItem& item) {
-  if (ptx::thread_id() % 128 == 0)
-    ptx::mbarrier_arrive(ptx::smem_address(&s.empty[ring.slot()]), item.q_rows > kNarrowRows ? 1 : 2);
+__device__ __forceinline__ void release(uint32_t barrier, const WorkItem& item) {
+  if (ptx::thread_id() % 128 == 0) ptx::mbarrier_arrive(barrier, item.q_rows > kNarrowRows ? 1 : 2);
 }
 
-// Which of the two consumer warpgroups this is.
-__device__ __forceinline__ int warpgroup_id() { return ptx::thread_id() / 128 - 1; }
+// Where this warpgroup stands in the buffers. K and V rings of one size share a counter.
+template <class C>
+struct TileRing {
+  Ring<C::kKBuffers> key;
+  Ring<C::kVBuffers> value;
+  __device__ __forceinline__ const Ring<C::kKBuffers>& k() const { return key; }
+  __device__ __forceinline__ const Ring<C::kVBuffers>& v() const {
+    if constexpr (C::kKBuffers == C::kVBuffers) {
+      return key;
+    } else {
+      return value;
+    }
+  }
+  __device__ __forceinline__ void advance(int n) {
+    key.advance(n);
+    if constexpr (C::kKBuffers != C::kVBuffers) value.advance(n);
+  }
+  __device__ __forceinline__ void advance() {
+    key.advance();
+    if constexpr (C::kKBuffers != C::kVBuffers) value.advance();
+  }
+};
 
-// One item on this warpgroup. `ring` stands at the item's first K buffer and is left behind its last V buffer.
+// One item on this warpgroup. `ring` stands at its first tile and is left behind its last.
+//
+// Step t issues S = Q K^T of tile t and O += P V of tile t - 1, which runs on under the softmax of tile t. There is one
+// copy of that code, because a short launch is spent waiting for instructions: the first step's second product is of
+// zeros and whatever lies in V, and is dropped (`accumulate` 0) by the next one.
 template <class C>
 __device__ __forceinline__ void attend(const DecodeParams& p, SharedStorage<C>& s, const WorkItem& item,
-                                       Ring<C::kBuffers>& ring) {
-  const int warp = ptx::thread_id() / 32 % 4, lane = ptx::thread_id() % 32;
+                                       TileRing<C>& ring) {
   constexpr int kTile = C::kTile;
+  // K is released behind the exponentials if their sums, which are never negative, allow: else the compiler moves them
+  // behind the wait for P V, where nothing runs beside them. d 256 has no register for that.
+  constexpr bool kLateRelease = C::kQInRegisters;
   const uint32_t q_smem = ptx::smem_address(s.q[warpgroup_id()]);
   uint32_t q[C::kQInRegisters ? C::kHeadDim / 16 : 1][4];
   ptx::mbarrier_wait(ptx::smem_address(&s.q_full[warpgroup_id()]), q_phase_of(item, warpgroup_id()));
@@ -93,79 +124,74 @@ __device__ __forceinline__ void attend(const DecodeParams& p, SharedStorage<C>& 
   }
 
   Accumulators<C> acc;
-#pragma unroll
-  for (int i = 0; i < C::kHeadDim / 2; ++i) acc.o[i] = 0.f;
   acc.max[0] = acc.max[1] = -INFINITY;
   acc.sum[0] = acc.sum[1] = 0.f;
   float scores[kTile / 2], alpha[2];
   uint32_t probs[kTile / 16][4];
-  int valid = item.num_tokens;
-  wait_full<C>(s, ring);
+#pragma unroll
+  for (int i = 0; i < C::kHeadDim / 2; ++i) acc.o[i] = 0.f;
 #pragma unroll
   for (int i = 0; i < kTile / 2; ++i) scores[i] = 0.f;
-  ptx::wgmma_touch(scores);
-  ptx::wgmma_fence();
-  issue_qk<C, kTile>(scores, q, q_smem, ptx::smem_address(s.buffers[ring.slot()]));
-  ptx::wgmma_wait<0>();
-  ptx::wgmma_touch(scores);
-  release<C>(s, ring, item);
-  softmax_step<C, kTile>(p, scores, acc, alpha, valid);
-  round_probs<C, kTile>(probs, scores);
+#pragma unroll
+  for (int i = 0; i < kTile / 4; ++i) probs[i / 4][i % 4] = 0;
 
+  // V of the tile before this one.
+  auto value = [&]() -> Ring<C::kVBuffers> { return ring.v().previous(); };
 #pragma unroll 1
-  for (valid -= kTile; valid > 0; valid -= kTile) {
-    ring.advance();
-    const Ring<C::kBuffers> v_ring = ring;
-    ring.advance();
-    wait_issued<C>(s, ring, item.num_tokens - valid);
-    wait_full<C>(s, ring);
+  for (int valid = item.num_tokens; valid > 0; valid -= kTile) {
+    if (valid < item.num_tokens) wait_issued(&s.issued[0], ring.k(), item.num_tokens - valid, kTile);
+    wait_full(ptx::smem_address(&s.k_full[ring.k().slot()]), ring.k().phase());
     ptx::wgmma_touch(scores);
     ptx::wgmma_touch(acc.o);
     ptx::wgmma_fence();
-    issue_qk<C, kTile>(scores, q, q_smem, ptx::smem_address(s.buffers[ring.slot()]));
-    wait_full<C>(s, v_ring);
+    issue_qk<C, kTile>(scores, q, q_smem, ptx::smem_address(s.k[ring.k().slot()]));
+    const int done = item.num_tokens - valid;
+    if (done > kTile) wait_issued(&s.issued[1], value(), done, kTile);
+    if (done > 0) wait_full(ptx::smem_address(&s.v_full[value().slot()]), value().phase());
     ptx::wgmma_fence();
-    issue_pv<C, kTile>(acc.o, probs, ptx::smem_address(s.buffers[v_ring.slot()]));
+    issue_pv<C, kTile>(acc.o, probs, ptx::smem_address(s.v[value().slot()]), done > kTile);
     ptx::wgmma_wait<1>();
     // scores are there; P.V of the tile before runs on under the softmax
     ptx::wgmma_touch(scores);
-    release<C>(s, ring, item);
+    if constexpr (!kLateRelease) release(ptx::smem_address(&s.k_empty[ring.k().slot()]), item);
     softmax_step<C, kTile>(p, scores, acc, alpha, valid);
+    if (kLateRelease && !(acc.sum[0] + acc.sum[1] < 0.f)) release(ptx::smem_address(&s.k_empty[ring.k().slot()]), item);
     ptx::wgmma_wait<0>();
     ptx::wgmma_touch(acc.o);
-    release<C>(s, v_ring, item);
+    if (valid < item.num_tokens) release(ptx::smem_address(&s.v_empty[value().slot()]), item);
+    ring.advance();
 #pragma unroll
     for (int i = 0; i < C::kHeadDim / 2; ++i) acc.o[i] *= alpha[(i >> 1) & 1];
     round_probs<C, kTile>(probs, scores);
   }
-  ring.advance();
-  wait_issued<C>(s, ring, 0);
-  wait_full<C>(s, ring);
+  if (item.num_tokens > kTile) wait_issued(&s.issued[1], value(), 0, kTile);
+  wait_full(ptx::smem_address(&s.v_full[value().slot()]), value().phase());
   ptx::wgmma_touch(acc.o);
   ptx::wgmma_fence();
-  issue_pv<C, kTile>(acc.o, probs, ptx::smem_address(s.buffers[ring.slot()]));
+  issue_pv<C, kTile>(acc.o, probs, ptx::smem_address(s.v[value().slot()]), item.num_tokens > kTile);
   ptx::wgmma_wait<0>();
   ptx::wgmma_touch(acc.o);
-  release<C>(s, ring, item);
-  ring.advance();
+  release(ptx::smem_address(&s.v_empty[value().slot()]), item);
   if constexpr (!C::kQInRegisters) {
     __syncwarp();
     if (ptx::thread_id() % 32 == 0) ptx::mbarrier_arrive(ptx::smem_address(&s.q_empty[warpgroup_id()]));
   }
-  store_rows<C>(p, s, item, acc, warpgroup_id(), ptx::thread_id() / 32 % 4, ptx::thread_id() % 32);
+  const int warp = ptx::thread_id() / 32 % 4, lane = ptx::thread_id() % 32;
+  store_rows<C>(p, s, item, acc, warpgroup_id(), warp, lane);
 }
 
 template <class C>
 __device__ __forceinline__ void consume(const DecodeParams& p, SharedStorage<C>& s) {
-  Ring<C::kBuffers> ring;
+  TileRing<C> ring;
   Ring<C::kRing> read;
   while (true) {
     const WorkItem& item = wait_item<C>(s, read);
     if (item.num_tokens <= 0) return;
     if (owns(item, warpgroup_id())) {
+      ptx::mbarrier_wait(ptx::smem_address(&s.item_started[read.slot()]), read.phase());
       attend<C>(p, s, item, ring);
     } else {
-      ring.advance(2 * tiles_of<C>(item));
+      ring.advance(tiles_of<C>(item));
     }
     finish_item<C>(s, read, ptx::thread_id() % 32);
   }

@@ -3,24 +3,23 @@
 //   S = q k^T * scale (capped), P = exp2(S - max S), O = P v / sum P, lse2 = max + log2(sum P)
 //
 // with q the gathered q_rows of a segment and k, v a chunk of its tokens. A row with one piece goes to `out`; others
-// leave (O, lse2) in fp32 for merge.cu. Decode has no causal mask inside a segment, so a tile is any 128 tokens.
+// leave (O, lse2) in fp32 for merge.cu. (Merging in here, by whoever brings the last piece, was tried: its fence takes
+// up to 9 us while memory is busy.) Decode has no causal mask inside a segment, so a tile is any 128 tokens.
 //
 // Grid: one CTA per SM, 384 threads.
-//   warps 0-3        producer (56 registers). Warp w loads tokens 32 w .. 32 w + 31 of each tile, K then V, and a
-//   quarter
-//                    of q: 32 consecutive slots by one TMA box, 8 consecutive by an 8-row box, anything else by
-//                    cp.async. Page indices are asked for two tiles ahead. Warp 0 also claims items and posts them to a
-//                    ring.
+//   warp 0           feeder: claims items and posts them to a ring.
+//   warps 1, 2       K and V loaders: a tile in one TMA box if its slots are consecutive, else 32 or 8 consecutive
+//                    slots by a box and anything else by cp.async. Page indices are asked for two tiles ahead.
+//   warp 3           q loader: the item's q_rows, and where their results go.
 //   warps 4-7, 8-11  two consumer warpgroups (224 registers), 64 q_rows each. Wide item (> 64 q_rows): both work on
-//   every
-//                    tile. Narrow item: one of them, in turn, so that an epilogue overlaps the other's products.
-// A CTA starts on the wide or the narrow list (header.wide_ctas) and helps with the other one when its own is empty:
-// compute-bound and memory-bound items run beside each other.
+//                    every tile. Narrow item: one of them, in turn, so that an epilogue overlaps the other's products.
+// A CTA starts with an item that the schedule has set aside for it, and takes from the wide or the narrow list
+// (header.wide_ctas), then from the other one: compute-bound and memory-bound items run beside each other.
 //
 // Narrow items use the same M = 64 tiles with most rows empty: a 128-token tile costs a warpgroup about 1 us, its
 // loading 2.8 us at 1/132 of the bandwidth. Swapping A and B would save power, not time.
 //
-// Shared memory, D 128: 6 buffers of 128 tokens x 256 B (K, V, K, V, ...) + q 32 KiB + 2.3 KiB = 226.3 KiB.
+// Shared memory, D 128: 3 buffers each of K and V, 128 tokens x 256 B, + q 32 KiB + 2.9 KiB.
 // A tile lies as [8-token group][64 elements of d][8 tokens][128 B], 128-byte swizzled.
 //
 // Measured on an H100 (scripts/bench_decode.py): 64 x 8192 tokens 3.04 TB/s, the speed of a copy; wide items
@@ -33,39 +32,62 @@
 namespace flashcore::decode {
 
 template <class C>
+__device__ __forceinline__ void init_barriers(SharedStorage<C>& s) {
+  auto init = [](uint64_t* barriers, int count, int arrivals) {
+    for (int i = 0; i < count; ++i) ptx::mbarrier_init(ptx::smem_address(barriers + i), arrivals);
+  };
+  init(s.k_full, C::kKBuffers, 33);
+  init(s.v_full, C::kVBuffers, 33);
+  init(s.k_empty, C::kKBuffers, 2);
+  init(s.v_empty, C::kVBuffers, 2);
+  init(s.q_full, 2, 33);
+  init(s.q_empty, 2, 4);
+  init(s.item_full, C::kRing, 1);
+  init(s.item_begun, C::kRing, 1);
+  init(s.item_started, C::kRing, 2);
+  init(s.item_empty, C::kRing, kItemReaders);
+  ptx::fence_mbarrier_init();
+}
+
+template <class C>
 __global__ void __launch_bounds__(kThreads, 1)
     decode_kernel(const __grid_constant__ DecodeParams p, const __grid_constant__ TensorMaps maps) {
   extern __shared__ __align__(1024) char raw[];
   auto& s = *reinterpret_cast<SharedStorage<C>*>(raw);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < C::kBuffers; ++i) {
-      ptx::mbarrier_init(ptx::smem_address(&s.full[i]), 4 * 33);
-      ptx::mbarrier_init(ptx::smem_address(&s.empty[i]), 2);
-    }
-    for (int i = 0; i < 2; ++i) {
-      ptx::mbarrier_init(ptx::smem_address(&s.q_full[i]), 128 + 4);
-      ptx::mbarrier_init(ptx::smem_address(&s.q_empty[i]), 4);
-    }
-    for (int i = 0; i < C::kRing; ++i) {
-      ptx::mbarrier_init(ptx::smem_address(&s.item_full[i]), 1);
-      ptx::mbarrier_init(ptx::smem_address(&s.item_empty[i]), 12);
-    }
-    ptx::fence_mbarrier_init();
-    for (int i = 0; i < 2; ++i) {
+  if (threadIdx.x == 128) {
+    init_barriers<C>(s);
+    for (int i = 0; i < kBoxes; ++i) {
       ptx::prefetch_tensormap(&maps.k[i]);
       ptx::prefetch_tensormap(&maps.v[i]);
     }
   }
   ptx::grid_dependency_wait();
-  if (threadIdx.x < 2) s.list_items[threadIdx.x] = p.work.header->entries[threadIdx.x] * p.kv_heads;
-  if (threadIdx.x == 64) s.issued = 0;
-  if (threadIdx.x == 32) s.wide_ctas = min(max(p.work.header->wide_ctas, 0), static_cast<int>(gridDim.x));
+  // What a CTA starts with sets out before the barrier.
+  const int lane = threadIdx.x % 32;
+  WorkItem start{};
+  Pages<C> pages{};
+  if (warp < 3) {
+    start = load_item(p.work.starts + blockIdx.x);
+    if (warp > 0) pages = load_start_pages<C>(p, lane);
+  }
+  if (threadIdx.x >= 96 && threadIdx.x < 98) {
+    const int list = threadIdx.x - 96;
+    s.list_items[list] = p.work.header->entries[list] * p.kv_heads;
+  }
+  if (threadIdx.x >= 99 && threadIdx.x < 101) s.issued[threadIdx.x - 99] = 0;
+  if (threadIdx.x == 98) s.wide_ctas = min(max(p.work.header->wide_ctas, 0), static_cast<int>(gridDim.x));
   __syncthreads();
   ptx::grid_dependency_launch();
   if (warp < 4) {
     ptx::setmaxnreg_dec<kProducerRegisters>();
-    produce<C>(p, maps, s, warp);
+    if (warp == 0) {
+      feed_items<C>(p, s, start, lane);
+    } else if (warp < 3) {
+      load_kv<C>(p, s, buffers_of<C>(p, maps, s, warp == kKeyLoader), start.num_tokens > 0, pages);
+    } else {
+      load_q<C>(p, s, lane);
+    }
   } else {
     ptx::setmaxnreg_inc<kConsumerRegisters>();
     consume<C>(p, s);
@@ -83,8 +105,8 @@ void launch_decode(const DecodeParams& p, int ctas, cudaStream_t stream) {
   static_assert(kSmemBytes <= 232448);
   decode::TensorMaps maps;
   const DType dtype = std::is_same_v<T, __half> ? DType::kFp16 : DType::kBf16;
-  for (int i = 0; i < 2; ++i) {
-    const int tokens = i == 0 ? 8 : C::kWarpTokens;
+  for (int i = 0; i < decode::kBoxes; ++i) {
+    const int tokens = i == 0 ? 8 : i == 1 ? 32 : C::kTile;
     encode_kv_map(&maps.k[i], dtype, p.k, p.num_slots, p.kv_heads, kHeadDim, p.kv_slot_stride, p.kv_head_stride,
                   tokens);
     encode_kv_map(&maps.v[i], dtype, p.v, p.num_slots, p.kv_heads, kHeadDim, p.kv_slot_stride, p.kv_head_stride,

@@ -1,7 +1,7 @@
-// Decode attention over the CSR layout: sizes, workspace and the params structs of its three kernels
-// (schedule.cu -> decode.cuh -> merge.cu). Shape letters: B requests, H query heads, G KV heads, R = H / G, D head dim,
-// P page size, S segments. A q_row of a segment is (row, head of the group): row = q_row / R, head = kv_head * R +
-// q_row % R.
+// Decode attention over the CSR layout: sizes, workspace and the params structs of its three
+// kernels (schedule.cu -> decode.cuh -> merge.cu). Shape letters: B requests, H query heads, G KV heads, R = H / G, D
+// head dim, P page size, S segments. A q_row of a segment is (row, head of the group): row = q_row / R, head = kv_head
+// * R + q_row % R.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -13,6 +13,9 @@ namespace flashcore {
 constexpr int kNarrowRows = 64;  // q_rows of one consumer warpgroup; a wide item has up to two of these
 constexpr int kWideRows = 128;
 constexpr int kMinEntries = 2048;
+constexpr int kMaxCtas = 256;
+constexpr int kStartTokens = 256;  // whose pages are looked up for a CTA beforehand
+constexpr int kMaxPageSize = 1 << 20;
 constexpr int kOwnerShift = 16;
 
 // The pager's output (see the layout's documentation). Device memory, int32, not owned.
@@ -40,13 +43,17 @@ struct alignas(16) WorkItem {
   int page;        // first entry of the segment in page_indices
   int token;       // first token of the chunk, counted from the start of that page
   int num_tokens;  // 0 ends the list
-  int partial;     // partial slot of the segment's first row for this chunk
+  int piece;       // of the segment's rows: which of their pieces this chunk is
   int kv_head;     // filled in when the item is taken; from bit kOwnerShift: its warpgroups, their q phases
 };
 
-// What merge needs of a segment. 16 bytes.
-struct alignas(16) SegmentInfo {
-  int chunks, partial, row_begin, rows;
+// A piece is one chunk of one of a row's segments. The partial results of a row lie in consecutive slots, in the order
+// of row_segments; a row with one piece has none, its result goes straight to out. 16 bytes, by position in row_order.
+struct alignas(16) RowInfo {
+  int row;
+  int pieces;  // 0: the row has no tokens; -1: there were too many
+  int slot;    // partial slot of the first piece
+  int pad;
 };
 
 struct ScheduleHeader {
@@ -59,7 +66,7 @@ struct ScheduleHeader {
 
 // Offsets in bytes into the workspace. All 256-aligned.
 struct WorkspaceLayout {
-  size_t header, segments, row_tags, row_positions, items, partial_lse2, partial_out, bytes;
+  size_t header, segment_pieces, rows, starts, start_pages, items, partial_lse2, partial_out, bytes;
   int entry_capacity, partial_capacity;
 };
 
@@ -81,9 +88,10 @@ inline WorkspaceLayout workspace_layout(int batch, int segment_capacity, int hea
     return here;
   };
   w.header = take(sizeof(ScheduleHeader));
-  w.segments = take(sizeof(SegmentInfo) * segment_capacity);
-  w.row_tags = take(sizeof(int) * batch);
-  w.row_positions = take(sizeof(int) * batch);
+  w.segment_pieces = take(sizeof(int) * segment_capacity);
+  w.rows = take(sizeof(RowInfo) * batch);
+  w.starts = take(sizeof(WorkItem) * kMaxCtas);
+  w.start_pages = take(sizeof(int) * kMaxCtas * kStartTokens);
   w.items = take(sizeof(WorkItem) * w.entry_capacity);
   w.partial_lse2 = take(sizeof(float) * partial_capacity * heads);
   w.partial_out = take(sizeof(float) * partial_capacity * heads * head_dim);
@@ -94,10 +102,11 @@ inline WorkspaceLayout workspace_layout(int batch, int segment_capacity, int hea
 // Pointers into one workspace.
 struct Workspace {
   ScheduleHeader* header;
-  SegmentInfo* segments;  // [S]
-  int* row_tags;  // [B] by position in row_order: row, top bit set when the row has one piece (goes straight to out)
-  int* row_positions;   // [B] by row: position in row_order
-  WorkItem* items;      // [entry_capacity] wide ones from the front, narrow ones after them
+  int* segment_pieces;  // [S] pieces that the rows of a segment have before it
+  RowInfo* rows;        // [B] by position in row_order
+  WorkItem* starts;     // [kMaxCtas] first item of each CTA; num_tokens 0: none
+  int* start_pages;     // [kMaxCtas, kStartTokens] pages of its first tokens
+  WorkItem* items;      // [entry_capacity] wide ones from the front, narrow ones from the back
   float* partial_lse2;  // [partial, H]
   float* partial_out;   // [partial, H, D]
   int entry_capacity, partial_capacity;
@@ -106,9 +115,10 @@ struct Workspace {
 inline Workspace bind_workspace(const WorkspaceLayout& w, void* base) {
   char* p = static_cast<char*>(base);
   return {reinterpret_cast<ScheduleHeader*>(p + w.header),
-          reinterpret_cast<SegmentInfo*>(p + w.segments),
-          reinterpret_cast<int*>(p + w.row_tags),
-          reinterpret_cast<int*>(p + w.row_positions),
+          reinterpret_cast<int*>(p + w.segment_pieces),
+          reinterpret_cast<RowInfo*>(p + w.rows),
+          reinterpret_cast<WorkItem*>(p + w.starts),
+          reinterpret_cast<int*>(p + w.start_pages),
           reinterpret_cast<WorkItem*>(p + w.items),
           reinterpret_cast<float*>(p + w.partial_lse2),
           reinterpret_cast<float*>(p + w.partial_out),
@@ -142,19 +152,20 @@ struct DecodeParams {
   const void* v;
   int64_t kv_slot_stride, kv_head_stride;  // the same for k and v
   uint32_t kv_slot_units, kv_head_units;   // the same in 16 bytes
-  int batch, heads, kv_heads, ratio, page_size, num_slots, page_capacity;
+  int batch, heads, kv_heads, ratio, num_slots, page_capacity;
+  int page_size, page_shift;  // t / page_size = t * page_magic >> page_shift for every t of 31 bits
+  uint32_t page_magic;
   float scale_log2;      // scale * log2(e); with a cap log2(e) alone, the cap has applied the scale
   float logit_cap;       // 0: none
   float cap_scale_log2;  // 2 * scale / logit_cap * log2(e)
 };
 
 struct MergeParams {
-  LayoutView layout;
   Workspace work;
   const float* sinks;
   void* out;
   int64_t out_row_stride;
-  int heads, head_dim;
+  int batch, heads, head_dim;
 };
 
 enum class DType { kBf16, kFp16 };

@@ -1,25 +1,52 @@
-// Producer warps: K, V and q of the items into shared memory, and the work list to the CTA.
+// Loader warps: K, V and q of the items into shared memory. Each warp walks the items at its own pace.
 #pragma once
 #include "attention/work_list.cuh"
 
 namespace flashcore::decode {
 
-// Pages of this lane's token in two tiles from `t` on: raw, so that nothing waits for them here. The producer loads
-// them two tiles ahead: under load a page index takes 2 us, longer than a tile, and behind scattered copies still
-// longer.
-constexpr int kBlock = 2;  // tiles
+// Pages of this lane's tokens in two tiles: raw, so that nothing waits for them here. The loader asks for them two
+// tiles ahead: under load a page index takes 2 us, longer than a tile, and behind scattered copies still longer.
+constexpr int kBlock = 2;          // tiles
+constexpr int kKeyLoader = 1;      // warp; the next loads V
+constexpr int kBegunTokens = 512;  // left to load of an item when the next may be claimed
 
+template <class C>
 struct Pages {
-  int of[kBlock];
+  static constexpr int kGroups = C::kTile / 32;
+  int of[kBlock][kGroups];
 };
 
-__device__ __forceinline__ Pages load_pages(const DecodeParams& p, const WorkItem& item, int t, int tile_tokens) {
-  Pages r;
+// The page of token `t`, counted from the start of the item's first page: t / page_size without a division.
+__device__ __forceinline__ int page_of(const DecodeParams& p, int t) {
+  return static_cast<int>((static_cast<uint64_t>(t) * p.page_magic) >> p.page_shift);
+}
+
+template <class C>
+__device__ __forceinline__ Pages<C> load_pages(const DecodeParams& p, const WorkItem& item, int tile, int lane) {
+  Pages<C> r;
 #pragma unroll
-  for (int i = 0; i < kBlock; ++i, t += tile_tokens) {
-    r.of[i] = t < item.num_tokens
-                  ? __ldg(p.page_indices + min(item.page + (item.token + t) / p.page_size, p.page_capacity - 1))
-                  : 0;
+  for (int i = 0; i < kBlock; ++i) {
+#pragma unroll
+    for (int g = 0; g < Pages<C>::kGroups; ++g) {
+      const int t = tile + i * C::kTile + g * 32 + lane;
+      r.of[i][g] = t < item.num_tokens
+                       ? __ldg(p.page_indices + min(item.page + page_of(p, item.token + t), p.page_capacity - 1))
+                       : 0;
+    }
+  }
+  return r;
+}
+
+// The same of this CTA's first item, whose pages the schedule has looked up.
+template <class C>
+__device__ __forceinline__ Pages<C> load_start_pages(const DecodeParams& p, int lane) {
+  static_assert(kBlock * C::kTile <= kStartTokens);
+  Pages<C> r;
+#pragma unroll
+  for (int i = 0; i < kBlock; ++i) {
+#pragma unroll
+    for (int g = 0; g < Pages<C>::kGroups; ++g)
+      r.of[i][g] = __ldg(p.work.start_pages + blockIdx.x * kStartTokens + i * C::kTile + g * 32 + lane);
   }
   return r;
 }
@@ -28,194 +55,219 @@ __device__ __forceinline__ Pages load_pages(const DecodeParams& p, const WorkIte
 // chunk.
 __device__ __forceinline__ int slot_of(const DecodeParams& p, const WorkItem& item, int page, int t) {
   if (t >= item.num_tokens) return -1;
-  const uint32_t slot =
-      static_cast<uint32_t>(page) * p.page_size + (item.token + t) % p.page_size;  // a page id in range cannot overflow
+  const int at = item.token + t;
+  const uint32_t slot = static_cast<uint32_t>(page) * p.page_size + (at - page_of(p, at) * p.page_size);
   return slot < static_cast<uint32_t>(p.num_slots) && page >= 0 ? static_cast<int>(slot) : p.num_slots - 1;
 }
 
-// What a lane prefetches of the q_rows of an item: the tag of its row (16 q_rows of each half per warp).
-__device__ __forceinline__ int load_tag(const DecodeParams& p, const WorkItem& item, int warp, int lane) {
-  const int in_tile = (lane >> 4) * kNarrowRows + warp * 16 + (lane & 15);
-  if (in_tile >= item.q_rows) return 0;
-  return __ldg(p.work.row_tags + min(item.row_begin + (item.q_row + in_tile) / p.ratio, p.batch - 1));
+// The buffers of K or of V, as one loader sees them.
+struct Buffers {
+  const CUtensorMap* maps;
+  const int4* pool;
+  uint32_t* scattered;
+  uint32_t data, full, empty;  // shared-memory addresses of the first
+  uint32_t issued;             // shared-memory address
+  int count, slot;
+  uint32_t phase;
+};
+
+template <class C>
+__device__ __forceinline__ Buffers buffers_of(const DecodeParams& p, const TensorMaps& maps, SharedStorage<C>& s,
+                                              bool keys) {
+  return {keys ? maps.k : maps.v,
+          static_cast<const int4*>(keys ? p.k : p.v),
+          s.scattered[keys ? 0 : 1],
+          ptx::smem_address(keys ? s.k[0] : s.v[0]),
+          ptx::smem_address(keys ? s.k_full : s.v_full),
+          ptx::smem_address(keys ? s.k_empty : s.v_empty),
+          ptx::smem_address(&s.issued[keys ? 0 : 1]),
+          keys ? C::kKBuffers : C::kVBuffers,
+          0,
+          0};
 }
 
-// A quarter of one warpgroup's q: 16 rows per warp, and where their results go.
+// Copies the 8-token groups in `groups`, 16 bytes per lane: two tokens an instruction at d 128. `where`: each token's
+// distance from the pool in 16 bytes, kNoToken past the chunk. Those get zeros, because stale bytes may be NaN, and
+// 0 * NaN in P.V would poison every row.
+constexpr uint32_t kNoToken = ~0u;
+
+template <class C>
+__device__ __forceinline__ void load_scattered(const int4* pool, uint32_t dst, const uint32_t* where, uint32_t groups,
+                                               int lane) {
+  constexpr int kChunks = C::kRowBytes / 16, kRowsPerStep = 32 / kChunks > 0 ? 32 / kChunks : 1;
+  const int sub = lane / kChunks, chunk = lane % kChunks;
+  const int4* src = pool + chunk;
+#pragma unroll 1
+  for (; groups != 0; groups &= groups - 1) {
+    const int g = __ffs(groups) - 1;
+    uint32_t at[8 / kRowsPerStep];  // all before the first copy: a copy is a fence to the compiler
+#pragma unroll
+    for (int i = 0; i < 8 / kRowsPerStep; ++i) at[i] = where[g * 8 + i * kRowsPerStep + sub];
+#pragma unroll
+    for (int i = 0; i < 8 / kRowsPerStep; ++i) {
+      ptx::cp_async_16(dst + g * C::kGroupBytes + tile_offset<C>(i * kRowsPerStep + sub, chunk),
+                       src + (at[i] == kNoToken ? 0 : at[i]), at[i] == kNoToken ? 0 : 16);
+    }
+  }
+}
+
+// One tile. `shallow`: one buffer stays empty. `slot`: of the lane's tokens 32 g + lane, -1 past the chunk. A full
+// barrier counts one arrival of the warp and, for what came by cp.async, one of every lane.
+template <class C>
+__device__ __forceinline__ void load_tile(const DecodeParams& p, Buffers& b, const int (&slot)[Pages<C>::kGroups],
+                                          int kv_head, bool shallow, int lane) {
+  constexpr int kGroups = Pages<C>::kGroups;
+  const uint32_t full = b.full + b.slot * 8, dst = b.data + b.slot * C::kBufferBytes;
+  ptx::mbarrier_wait(b.empty + b.slot * 8, b.phase ^ 1);
+  if (++b.slot == b.count) {
+    b.slot = 0;
+    b.phase ^= 1;
+  }
+  if (shallow) ptx::mbarrier_wait(b.empty + b.slot * 8, b.phase ^ 1);
+  const int first = __shfl_sync(~0u, slot[0], 0);
+  bool run = true;
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) run &= slot[g] == first + g * 32 + lane;
+  if (__all_sync(~0u, run)) {
+    if (lane == 0) {
+      ptx::mbarrier_expect_tx(full, C::kBufferBytes);
+      ptx::tma_load_5d(dst, b.maps + 2, full, ptx::kEvictFirst, 0, first, 0, 0, kv_head);
+      ptx::mbarrier_arrive(full, 33);
+    }
+    return;
+  }
+  uint32_t boxes = 0, runs = 0;  // 8-token groups that lie in a row; those of them that a box of 32 takes
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+    const int leader = __shfl_sync(~0u, slot[g], lane & ~7), head = __shfl_sync(~0u, slot[g], 0);
+    const uint32_t good = __ballot_sync(~0u, slot[g] >= 0 && slot[g] == leader + (lane & 7));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) boxes |= ((good >> (8 * i)) & 0xFF) == 0xFF ? 1u << (4 * g + i) : 0u;
+    runs |= __all_sync(~0u, slot[g] == head + lane) ? 0xFu << (4 * g) : 0u;
+  }
+  if (lane == 0) {
+    ptx::mbarrier_expect_tx(full, __popc(boxes) * C::kGroupBytes);
+    ptx::mbarrier_arrive(full);
+  }
+  __syncwarp();
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+    const bool whole = (runs >> (4 * g)) & 1;
+    if (lane == 0 && whole) {
+      ptx::tma_load_5d(dst + g * 4 * C::kGroupBytes, b.maps + 1, full, ptx::kEvictFirst, 0, slot[g], 0, 0, kv_head);
+    } else if ((lane & 7) == 0 && !whole && ((boxes >> (4 * g + lane / 8)) & 1)) {
+      ptx::tma_load_5d(dst + (g * 4 + lane / 8) * C::kGroupBytes, b.maps, full, ptx::kEvictFirst, 0, slot[g], 0, 0,
+                       kv_head);
+    }
+    b.scattered[g * 32 + lane] =
+        slot[g] >= 0 ? static_cast<uint32_t>(slot[g]) * p.kv_slot_units + kv_head * p.kv_head_units : kNoToken;
+  }
+  __syncwarp();
+  load_scattered<C>(b.pool, dst, b.scattered, ~boxes & (~0u >> (32 - 4 * kGroups)), lane);
+  ptx::cp_async_mbarrier_arrive(full);
+  __syncwarp();  // `scattered` is free again
+}
+
+// K or V of all items. Tiles go out in blocks of two, whose page indices were loaded during the block before. During
+// the last block of an item the next item is looked up, as soon as it is posted. `ahead`: pages of the CTA's start
+// item, if it has one.
+template <class C>
+__device__ __forceinline__ void load_kv(const DecodeParams& p, SharedStorage<C>& s, Buffers b, bool has_start,
+                                        Pages<C> ahead) {
+  constexpr int kGroups = Pages<C>::kGroups;
+  Ring<C::kRing> read;
+  const WorkItem* item = &wait_item<C>(s, read);
+  if (!has_start) ahead = load_pages<C>(p, *item, 0, ptx::thread_id() % 32);
+  bool begun = false;
+  while (item->num_tokens > 0) {
+    bool looked = false;
+    // Beside wide items narrow ones hold back: what they have in flight is the queue that the tiles of the wide ones,
+    // which are in the L2, wait in.
+    const bool shallow = b.count > 2 && s.wide_ctas > 0 && item->q_rows <= kNarrowRows;
+#pragma unroll 1
+    for (int t = 0; t < item->num_tokens; t += kBlock * C::kTile) {
+      const Pages<C> pages = ahead;
+      const int left = item->num_tokens - t;
+      const bool last = left <= kBlock * C::kTile;
+      if (!last) ahead = load_pages<C>(p, *item, t + kBlock * C::kTile, ptx::thread_id() % 32);
+      if (!begun && left <= kBegunTokens) {
+        if (ptx::thread_id() == kKeyLoader * 32) ptx::mbarrier_arrive(ptx::smem_address(&s.item_begun[read.slot()]));
+        begun = true;
+      }
+#pragma unroll 1
+      for (int i = 0; i < kBlock && i * C::kTile < left; ++i) {
+        if (last && !looked && (looked = item_ready<C>(s, read.next())))
+          ahead = load_pages<C>(p, s.items[read.next().slot()], 0, ptx::thread_id() % 32);
+        int slot[kGroups];
+#pragma unroll
+        for (int g = 0; g < kGroups; ++g)
+          slot[g] = slot_of(p, *item, i == 0 ? pages.of[0][g] : pages.of[1][g],
+                            t + i * C::kTile + g * 32 + ptx::thread_id() % 32);
+        load_tile<C>(p, b, slot, kv_head_of(*item), shallow, ptx::thread_id() % 32);
+        if (ptx::thread_id() % 32 == 0) {
+          ptx::store_release(b.issued, b.slot + static_cast<int>(b.phase) * b.count);
+          if (t + i == 0) ptx::mbarrier_arrive(ptx::smem_address(&s.item_started[read.slot()]));
+        }
+      }
+    }
+    finish_item<C>(s, read, ptx::thread_id() % 32);
+    item = &wait_item<C>(s, read);
+    begun = false;
+    if (!looked) ahead = load_pages<C>(p, *item, 0, ptx::thread_id() % 32);
+  }
+}
+
+// The q_rows of one warpgroup, and where their results go. `info`: of the lane's two q_rows, lane and lane + 32.
 template <class C>
 __device__ __forceinline__ void load_q_half(const DecodeParams& p, SharedStorage<C>& s, const WorkItem& item, int half,
-                                            int warpgroup, int tag, int warp, int lane) {
+                                            int warpgroup, int lane) {
   constexpr int kChunks = C::kRowBytes / 16, kRowsPerStep = 32 / kChunks > 0 ? 32 / kChunks : 1;
+  const int rows = min(item.q_rows - half * kNarrowRows, kNarrowRows);
   const uint32_t full = ptx::smem_address(&s.q_full[warpgroup]), base = ptx::smem_address(s.q[warpgroup]);
   const uint32_t phase = q_phase_of(item, warpgroup);
-  ptx::mbarrier_wait(ptx::smem_address(&s.q_empty[warpgroup]), phase ^ 1);
-  const int in_tile = (lane >> 4) * kNarrowRows + warp * 16 + (lane & 15), q_row = item.q_row + in_tile,
-            local = q_row / p.ratio;
-  const bool exists = in_tile < item.q_rows;
-  const int head = kv_head_of(item) * p.ratio + q_row - local * p.ratio;
-  const int offset = exists ? static_cast<int>((tag & 0x7FFFFFFF) * p.q_row_stride) + head * C::kHeadDim : -1;
-  if (lane >> 4 == half) {
-    const int slot = item.partial + local;
-    s.destinations[warpgroup][phase][warp * 16 + (lane & 15)] = !exists                          ? kNowhere
-                                                                : tag < 0                        ? tag
-                                                                : slot < p.work.partial_capacity ? slot
-                                                                                                 : kNowhere;
+  int from[2], to[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int in_half = i * 32 + lane, q_row = item.q_row + half * kNarrowRows + in_half, local = q_row / p.ratio;
+    from[i] = -1;
+    to[i] = kNowhere;
+    if (in_half < rows) {
+      const RowInfo info = load_row_info(p, item.row_begin + local);
+      const int head = kv_head_of(item) * p.ratio + q_row - local * p.ratio, slot = info.slot + item.piece;
+      const bool fits = item.piece >= 0 && item.piece < info.pieces && slot < p.work.partial_capacity;
+      from[i] = static_cast<int>(info.row * p.q_row_stride) + head * C::kHeadDim;
+      to[i] = info.pieces == 1 ? info.row | 1 << 31 : fits ? slot : kNowhere;
+    }
   }
+  ptx::mbarrier_wait(ptx::smem_address(&s.q_empty[warpgroup]), phase ^ 1);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) s.destinations[warpgroup][phase][i * 32 + lane] = to[i];
 #pragma unroll 2
-  for (int r = 0; r < 16; r += kRowsPerStep) {
+  for (int r = 0; r < rows; r += kRowsPerStep) {
     const int row = r + lane / kChunks, chunk = lane % kChunks;
-    const int from = __shfl_sync(~0u, offset, half * 16 + row);
-    if (from >= 0)
-      ptx::cp_async_16(base + tile_offset<C>(warp * 16 + row, chunk),
-                       static_cast<const typename C::T*>(p.q) + from + chunk * 8, 16);
+    const int low = __shfl_sync(~0u, from[0], row & 31), high = __shfl_sync(~0u, from[1], row & 31);
+    const int at = row < 32 ? low : high;
+    if (at >= 0)
+      ptx::cp_async_16(base + tile_offset<C>(row, chunk), static_cast<const typename C::T*>(p.q) + at + chunk * 8, 16);
   }
   ptx::cp_async_mbarrier_arrive(full);
   __syncwarp();
   if (lane == 0) ptx::mbarrier_arrive(full);  // for the destinations: an ordinary store needs an ordinary arrival
 }
 
+// q of all items.
 template <class C>
-__device__ __forceinline__ void load_q(const DecodeParams& p, SharedStorage<C>& s, const WorkItem& item, int tag,
-                                       int warp, int lane) {
-  int half = 0;  // of the item: a narrow one has only the first, for either warpgroup
-#pragma unroll 1
-  for (int warpgroup = 0; warpgroup < 2; ++warpgroup) {
-    if (owns(item, warpgroup)) load_q_half<C>(p, s, item, half++, warpgroup, tag, warp, lane);
-  }
-}
-
-// The tokens of a share that no box holds, 16 bytes per lane: two tokens an instruction at d 128. `units`: of the
-// lane's token, from the start of the pool in 16 bytes; `exists`: a bit per token. Tokens past the chunk get zeros,
-// because stale bytes may be NaN, and 0 * NaN in P.V would poison every row.
-template <class C>
-__device__ __forceinline__ void load_scattered(const int4* pool, uint32_t dst, uint32_t units, uint32_t exists,
-                                               uint32_t boxes, int groups, int lane) {
-  constexpr int kChunks = C::kRowBytes / 16, kRowsPerStep = 32 / kChunks > 0 ? 32 / kChunks : 1;
-  const int sub = lane / kChunks, chunk = lane % kChunks;
-  const int4* src = pool + chunk;
-#pragma unroll 1
-  for (int g = 0; g < groups; ++g) {
-    if ((boxes >> g) & 1) continue;
-#pragma unroll 4
-    for (int r = 0; r < 8; r += kRowsPerStep) {
-      const uint32_t at = __shfl_sync(~0u, units, g * 8 + r + sub);
-      ptx::cp_async_16(dst + g * C::kGroupBytes + tile_offset<C>(r + sub, chunk), src + at,
-                       (exists >> (g * 8 + r + sub)) & 1 ? 16 : 0);
-    }
-  }
-}
-
-// This warp's share of one tile of K or V. `slot`: of the lane's token, -1 past the chunk. 33 arrivals of each warp
-// fill a buffer (a scattered share has one asynchronous arrival per lane among them).
-template <class C>
-__device__ __forceinline__ void load_share(const DecodeParams& p, SharedStorage<C>& s, const Ring<C::kBuffers>& ring,
-                                           const CUtensorMap* maps, const void* pool, int kv_head, int slot, int warp,
-                                           int lane) {
-  constexpr int kTokens = C::kWarpTokens;
-  const uint32_t full = ptx::smem_address(&s.full[ring.slot()]);
-  const uint32_t dst = ptx::smem_address(s.buffers[ring.slot()]) + warp * kTokens * C::kRowBytes;
-  ptx::mbarrier_wait(ptx::smem_address(&s.empty[ring.slot()]), ring.phase() ^ 1);
-
-  const bool mine = lane < kTokens;
-  const int first = __shfl_sync(~0u, slot, 0);
-  if (__all_sync(~0u, !mine || (slot == first + lane && slot >= 0))) {
-    if (lane == 0) {
-      ptx::mbarrier_expect_tx(full, kTokens * C::kRowBytes);
-      ptx::tma_load_5d(dst, maps + 1, full, ptx::kEvictFirst, 0, first, 0, 0, kv_head);
-      ptx::mbarrier_arrive(full, 33);
-    }
-    return;
-  }
-  const int leader = __shfl_sync(~0u, slot, lane & ~7);
-  const uint32_t exists = __ballot_sync(~0u, mine && slot >= 0);
-  const uint32_t good = __ballot_sync(~0u, mine && slot >= 0 && slot == leader + (lane & 7));
-  uint32_t boxes = 0;
-#pragma unroll
-  for (int g = 0; g < 4; ++g) boxes |= ((good >> (8 * g)) & 0xFF) == 0xFF ? 1u << g : 0u;
-  if (lane == 0) {
-    ptx::mbarrier_expect_tx(full, __popc(boxes) * C::kGroupBytes);
-    ptx::mbarrier_arrive(full);
-  }
-  __syncwarp();
-  if ((lane & 7) == 0 && ((boxes >> (lane >> 3)) & 1)) {
-    ptx::tma_load_5d(dst + (lane >> 3) * C::kGroupBytes, maps, full, ptx::kEvictFirst, 0, slot, 0, 0, kv_head);
-  }
-  const uint32_t at = static_cast<uint32_t>(max(slot, 0)) * p.kv_slot_units + kv_head * p.kv_head_units;
-  load_scattered<C>(static_cast<const int4*>(pool), dst, at, exists, boxes, kTokens / 8, lane);
-  ptx::cp_async_mbarrier_arrive(full);
-}
-
-// The token of a tile that this lane stands for.
-template <class C>
-__device__ __forceinline__ int share_token() {
-  const int thread = ptx::thread_id();
-  return thread % 32 < C::kWarpTokens ? thread / 32 * C::kWarpTokens + thread % 32 : 1 << 30;
-}
-
-// The next item, once it is posted: its page indices and row tags start on their way.
-template <class C>
-__device__ __forceinline__ void load_next(const DecodeParams& p, const WorkItem& next, Pages& pages, int& tag,
-                                          int warp) {
-  pages = load_pages(p, next, share_token<C>(), C::kTile);
-  tag = load_tag(p, next, warp, ptx::thread_id() % 32);
-}
-
-// Tiles go out in blocks of two, whose page indices were loaded during the block before. In the last block of an item
-// the next item is looked up: at once if it is posted already, else after this block's first tile. q follows the first
-// tile, so that the wait for a q buffer does not hold up K and V.
-template <class C>
-__device__ __forceinline__ void produce(const DecodeParams& p, const TensorMaps& maps, SharedStorage<C>& s, int warp) {
-  Ring<C::kBuffers> ring;
+__device__ __forceinline__ void load_q(const DecodeParams& p, SharedStorage<C>& s, int lane) {
   Ring<C::kRing> read;
-  int index = 0;  // of warp 0: the first item of a claim
-  if (warp == 0) {
-    index = start_feed<C>(s, ptx::thread_id() % 32);
-    post_claimed<C>(p, s, index, ptx::thread_id() % 32);
-  }
-  const WorkItem* item = &wait_item<C>(s, read);
-  if (item->num_tokens <= 0) return;
-  Pages ahead;
-  int tag;
-  load_next<C>(p, *item, ahead, tag, warp);
   while (true) {
-    if (warp == 0) begin_item<C>(s, *item, ptx::thread_id() % 32);
-    const int q_tag = tag;
+    const WorkItem& item = wait_item<C>(s, read);
+    if (item.num_tokens <= 0) return;
+    int half = 0;  // of the item: a narrow one has only the first, for either warpgroup
 #pragma unroll 1
-    for (int t = 0; t < item->num_tokens; t += kBlock * C::kTile) {
-      const Pages pages = ahead;
-      const bool last = t + kBlock * C::kTile >= item->num_tokens;
-      bool looked = !last;
-      if (!last) {
-        ahead = load_pages(p, *item, t + kBlock * C::kTile + share_token<C>(), C::kTile);
-      } else {
-        const int wants = warp == 0 ? s.feed.wants : 0;
-        __syncwarp();  // lane 0 clears it in claim
-        if (wants > 0) index = claim<C>(p, s, wants, ptx::thread_id() % 32);
-        looked = item_ready<C>(s, read.next());
-        if (looked) load_next<C>(p, s.items[read.next().slot()], ahead, tag, warp);
-      }
-#pragma unroll 1
-      for (int i = 0; i < kBlock; ++i) {
-        const int token = t + i * C::kTile;
-        if (token >= item->num_tokens) break;
-        const int page = i == 0 ? pages.of[0] : pages.of[1];
-        const int slot = slot_of(p, *item, page, token + share_token<C>());
-#pragma unroll 1
-        for (int kv = 0; kv < 2; ++kv) {  // one copy of the code: registers are short here
-          load_share<C>(p, s, ring, kv == 0 ? maps.k : maps.v, kv == 0 ? p.k : p.v, kv_head_of(*item), slot, warp,
-                        ptx::thread_id() % 32);
-          ring.advance();
-          if (ptx::thread_id() == 0) ptx::store_release(ptx::smem_address(&s.issued), ring.at);
-        }
-        if (token == 0) load_q<C>(p, s, *item, q_tag, warp, ptx::thread_id() % 32);
-        if (last && i == 0) {
-          if (warp == 0 && s.feed.claimed > 0) post_claimed<C>(p, s, index, ptx::thread_id() % 32);
-          if (!looked) load_next<C>(p, wait_item<C>(s, read.next()), ahead, tag, warp);
-        }
-      }
+    for (int warpgroup = 0; warpgroup < 2; ++warpgroup) {
+      if (owns(item, warpgroup)) load_q_half<C>(p, s, item, half++, warpgroup, lane);
     }
     finish_item<C>(s, read, ptx::thread_id() % 32);
-    item = &s.items[read.slot()];
-    if (item->num_tokens <= 0) return;
   }
 }
 

@@ -34,14 +34,15 @@ __device__ __forceinline__ void issue_qk(float (&scores)[kTile / 2],
   ptx::wgmma_commit();
 }
 
-// O += P v of one tile; sixteen tokens (two groups) per instruction.
+// O += P v of one tile, O = P v without `accumulate`; sixteen tokens (two groups) per instruction.
 template <class C, int kTile>
 __device__ __forceinline__ void issue_pv(float (&o)[C::kHeadDim / 2], const uint32_t (&probs)[kTile / 16][4],
-                                         uint32_t v_smem) {
+                                         uint32_t v_smem, int accumulate = 1) {
 #pragma unroll
   for (int step = 0; step < kTile / 16; ++step) {
     ptx::wgmma<typename C::T, C::kHeadDim, 1>(
-        o, probs[step], ptx::wgmma_descriptor(v_smem + step * 2 * C::kGroupBytes, 1024, C::kGroupBytes), 1);
+        o, probs[step], ptx::wgmma_descriptor(v_smem + step * 2 * C::kGroupBytes, 1024, C::kGroupBytes),
+        step > 0 ? 1 : accumulate);
   }
   ptx::wgmma_commit();
 }
@@ -65,13 +66,19 @@ __device__ __forceinline__ void round_probs(uint32_t (&probs)[kTile / 16][4], co
   }
 }
 
-// Logit cap, if there is one: cap * tanh(s * scale / cap), tanh by exp2: within 1e-6 of exact.
-template <int kTile, class Params>
+// Logit cap, if there is one: cap * tanh(s * scale / cap), tanh by exp2: within 1e-6 of exact. kBlock scores share a
+// branch: as many as registers allow.
+template <int kTile, int kBlock = kTile / 2, class Params>
 __device__ __forceinline__ void cap_scores(const Params& p, float (&scores)[kTile / 2]) {
-  if (p.logit_cap > 0.f) {
 #pragma unroll
-    for (int i = 0; i < kTile / 2; ++i)
-      scores[i] = p.logit_cap - __fdividef(2.f * p.logit_cap, 1.f + ptx::exp2_approx(scores[i] * p.cap_scale_log2));
+  for (int from = 0; from < kTile / 2; from += kBlock) {
+    float cap = p.logit_cap;
+    if constexpr (kBlock < kTile / 2) asm volatile("" : "+f"(cap));  // else the branches become one
+    if (cap > 0.f) {
+#pragma unroll
+      for (int i = from; i < from + kBlock; ++i)
+        scores[i] = fmaf(-2.f * cap, ptx::rcp_approx(1.f + ptx::exp2_approx(scores[i] * p.cap_scale_log2)), cap);
+    }
   }
 }
 
@@ -96,7 +103,7 @@ __device__ __forceinline__ float exponentiate_row(const Params& p, float (&score
 template <class C, int kTile, class Params>
 __device__ __forceinline__ void softmax_step(const Params& p, float (&scores)[kTile / 2], Accumulators<C>& acc,
                                              float (&alpha)[2], int valid) {
-  cap_scores<kTile>(p, scores);
+  cap_scores<kTile, C::kQInRegisters ? 8 : kTile / 2>(p, scores);
   if (valid < kTile) {
     const int limit = valid - (ptx::thread_id() & 3) * 2;
 #pragma unroll

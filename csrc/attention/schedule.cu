@@ -10,8 +10,11 @@
 // limit, M = time the card needs to load all tokens once, the step takes about T = max(M, (W + N) / CTAs), and W / T
 // CTAs start on the wide list.
 //
-// Grid: one CTA of 1024 threads. 23 us with a cold L2, most of it waiting for code and tables, whatever the batch.
-// Order of everything is fixed by scans and integer sums, so the list is the same in every run.
+// Pieces and partial slots: see RowInfo. All rows of a segment have the same segments before it, so the pieces of a
+// segment have the same number in each of its rows.
+//
+// Grid: one CTA of 1024 threads; its time is that of the chain of loads and of code coming cold from memory, whatever
+// the batch. Order of everything is fixed by scans and integer sums, so the list is the same in every run.
 #include "attention/launch.h"
 #include "attention/params.h"
 #include "common/block_scan.cuh"
@@ -28,22 +31,42 @@ struct Shape {  // of a segment
   bool wide;
 };
 
-__device__ __forceinline__ Shape segment_shape(const ScheduleParams& p, int segment) {
-  Shape s;
+// Shapes in shared memory; of segments past kCached only the tables know them, and they are read anew each time.
+constexpr int kCached = 4096;
+
+struct Shared {
+  int4 shapes[kCached];
+  int pieces[kCached];  // of a segment: number of its first piece
+  u64 scratch64[3][kWarps];
+  int scratch[2][kWarps];
+};
+
+__device__ __forceinline__ int4 read_shape(const ScheduleParams& p, int segment) {
   const LayoutView& l = p.layout;
-  s.row_begin = min(max(l.segment_rows[2 * segment], 0), l.batch - 1);
-  s.rows = min(max(l.segment_rows[2 * segment + 1], s.row_begin), l.batch) - s.row_begin;
-  s.begin = max(l.segment_positions[2 * segment], 0);
-  // Never more tokens than there are page entries, so that no item walks off them.
   const int first = min(max(l.page_indptr[segment], 0), l.page_capacity);
-  const int64_t held = static_cast<int64_t>(l.page_capacity - first) * l.page_size - s.begin % l.page_size;
-  const int64_t wanted = static_cast<int64_t>(l.segment_positions[2 * segment + 1]) - s.begin;
-  s.tokens = s.rows > 0 ? static_cast<int>(max(min(wanted, held), int64_t{0})) : 0;
+  const int2 rows = reinterpret_cast<const int2*>(l.segment_rows)[segment],
+             positions = reinterpret_cast<const int2*>(l.segment_positions)[segment];
+  const int row_begin = min(max(rows.x, 0), l.batch - 1), begin = max(positions.x, 0);
+  const int count = min(max(rows.y, row_begin), l.batch) - row_begin;
+  // Never more tokens than there are page entries, so that no item walks off them.
+  const int64_t held = static_cast<int64_t>(l.page_capacity - first) * l.page_size - begin % l.page_size;
+  const int64_t wanted = static_cast<int64_t>(positions.y) - begin;
+  return make_int4(row_begin, count, begin, count > 0 ? static_cast<int>(max(min(wanted, held), int64_t{0})) : 0);
+}
+
+__device__ __forceinline__ Shape segment_shape(const ScheduleParams& p, const Shared& shared, int segment) {
+  const int4 x = segment < kCached ? shared.shapes[segment] : read_shape(p, segment);
+  Shape s;
+  s.row_begin = x.x, s.rows = x.y, s.begin = x.z, s.tokens = x.w;
   s.tiles = (s.tokens + p.cost.tile_tokens - 1) / p.cost.tile_tokens;
   const int q_rows = s.rows * p.ratio;
   s.wide = q_rows > kNarrowRows;
   s.row_tiles = (q_rows + kWideRows - 1) / kWideRows;
   return s;
+}
+
+__device__ __forceinline__ int& first_piece(const ScheduleParams& p, Shared& shared, int segment) {
+  return segment < kCached ? shared.pieces[segment] : p.work.segment_pieces[segment];
 }
 
 struct Cut {
@@ -61,29 +84,6 @@ __device__ __forceinline__ Cut cut_segment(const Shape& s, const Targets& target
   const int chunks = (s.tiles + want - 1) / want;
   const int chunk_tiles = (s.tiles + chunks - 1) / chunks;
   return {(s.tiles + chunk_tiles - 1) / chunk_tiles, chunk_tiles};
-}
-
-// A lone row whose only piece this is writes to out directly and needs no partial slot.
-__device__ __forceinline__ int partial_rows(const ScheduleParams& p, const Shape& s, const Cut& c) {
-  if (c.chunks == 0) return 0;
-  if (s.rows == 1 && c.chunks == 1) {
-    const int row = min(max(p.layout.row_order[s.row_begin], 0), p.layout.batch - 1);
-    if (p.layout.row_indptr[row + 1] - p.layout.row_indptr[row] == 1) return 0;
-  }
-  return s.rows * c.chunks;
-}
-
-template <typename T>
-__device__ __forceinline__ T block_sum(T x, T* scratch) {
-#pragma unroll
-  for (int i = 16; i > 0; i /= 2) x += __shfl_xor_sync(~0u, x, i);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
-  __syncthreads();
-  T sum = 0;
-#pragma unroll
-  for (int i = 0; i < kWarps; ++i) sum += scratch[i];
-  return sum;
 }
 
 // Cost class of the items of a segment: 0 the costliest. Four per list, in 16-bit fields of one word.
@@ -108,14 +108,15 @@ __device__ __forceinline__ int candidate(float tiles_per_cta, int i) {
 }
 
 // `rounds`: segments per thread, the same for all threads, so that the warps stay together.
-__device__ __forceinline__ void try_candidates(const ScheduleParams& p, float wide_load, float narrow_load, int from,
-                                               int to, int rounds, Trial (*trials)[kCandidates]) {
+__device__ __forceinline__ void try_candidates(const ScheduleParams& p, const Shared& shared, float wide_load,
+                                               float narrow_load, int from, int to, int rounds,
+                                               Trial (*trials)[kCandidates]) {
   for (int i = threadIdx.x; i < 2 * kCandidates; i += kThreads) trials[i / kCandidates][i % kCandidates] = {0, 0, 0};
   __syncthreads();
 #pragma unroll 1
   for (int i = 0; i < rounds; ++i) {
     Shape s{};
-    if (from + i < to) s = segment_shape(p, from + i);
+    if (from + i < to) s = segment_shape(p, shared, from + i);
     if (__all_sync(~0u, s.tiles == 0)) continue;
 #pragma unroll 1
     for (int c = 0; c < kCandidates; ++c) {
@@ -168,159 +169,175 @@ __device__ __forceinline__ int choose_wide_ctas(const ScheduleParams& p, u64 wid
   return min(max(static_cast<int>(wide / step + 0.5f), 1), p.ctas - 1);
 }
 
-__device__ __forceinline__ void write_entry(const ScheduleParams& p, const Shape& s, const Cut& c, int page,
-                                            int partial, bool wide, int at, int i) {
+__device__ __forceinline__ void write_entry(const ScheduleParams& p, const Shape& s, const Cut& c, int page, int piece,
+                                            int at, int i) {
   const int chunk = i / s.row_tiles, tile = i - chunk * s.row_tiles;
-  const int first = chunk * c.chunk_tiles * p.cost.tile_tokens;
-  WorkItem item;
-  item.row_begin = s.row_begin;
-  item.q_row = tile * kWideRows;
-  item.q_rows = min(kWideRows, s.rows * p.ratio - item.q_row);
-  item.page = page;
-  item.token = s.begin % p.layout.page_size + first;
-  item.num_tokens = min(c.chunk_tiles * p.cost.tile_tokens, s.tokens - first);
-  item.partial = partial + chunk * s.rows;
-  item.kv_head = 0;
-  const int slot = wide ? at + i : p.work.entry_capacity - 1 - (at + i);
+  const int first = chunk * c.chunk_tiles * p.cost.tile_tokens, q_row = tile * kWideRows;
+  const int slot = s.wide ? at + i : p.work.entry_capacity - 1 - (at + i);
   if (slot < 0 || slot >= p.work.entry_capacity) return;
   int4* dst = reinterpret_cast<int4*>(p.work.items + slot);
-  dst[0] = reinterpret_cast<const int4*>(&item)[0];
-  dst[1] = reinterpret_cast<const int4*>(&item)[1];
+  dst[0] = make_int4(s.row_begin, q_row, min(kWideRows, s.rows * p.ratio - q_row), page);
+  dst[1] = make_int4(s.begin % p.layout.page_size + first, min(c.chunk_tiles * p.cost.tile_tokens, s.tokens - first),
+                     piece + chunk, 0);
 }
 
 __device__ __forceinline__ int sum_fields(u64 x) {
   return static_cast<int>((x & 0xFFFF) + ((x >> 16) & 0xFFFF) + ((x >> 32) & 0xFFFF) + (x >> 48));
 }
 
-__device__ __forceinline__ void tag_rows(const ScheduleParams& p) {
+// Pieces and partial slots of every row; the pieces that a segment's rows have before it.
+__device__ __forceinline__ void number_pieces(const ScheduleParams& p, Shared& shared, const Targets& target) {
   const LayoutView& l = p.layout;
-  for (int position = threadIdx.x; position < l.batch; position += kThreads) {
+  const int per_thread = (l.batch + kThreads - 1) / kThreads;
+  const int from = min(static_cast<int>(threadIdx.x) * per_thread, l.batch), to = min(from + per_thread, l.batch);
+  int slots[1] = {0}, total[1];
+#pragma unroll 1
+  for (int position = from; position < to; ++position) {
     const int row = min(max(l.row_order[position], 0), l.batch - 1);
-    p.work.row_positions[row] = position;
     const int begin = max(l.row_indptr[row], 0), end = min(l.row_indptr[row + 1], l.row_segment_capacity);
     int pieces = 0;
-    for (int e = begin; e < end && pieces < 2; ++e)
-      pieces += p.work.segments[min(max(l.row_segments[e], 0), l.segment_capacity - 1)].chunks;
-    p.work.row_tags[position] = row | (pieces == 1 && end - begin == 1 ? 1 << 31 : 0);
+    for (int e = begin; e < end; ++e) {
+      const int segment = min(max(l.row_segments[e], 0), l.segment_capacity - 1);
+      const Shape s = segment_shape(p, shared, segment);
+      if (s.row_begin == position) first_piece(p, shared, segment) = pieces;
+      pieces += cut_segment(s, target).chunks;
+    }
+    slots[0] += pieces > 1 ? pieces : 0;
+    p.work.rows[position] = {row, pieces, 0, 0};
+  }
+  block_scan<kWarps>(slots, total, shared.scratch);
+  int slot = slots[0];
+#pragma unroll 1
+  for (int position = from; position < to; ++position) {
+    const int pieces = p.work.rows[position].pieces, slots_of_row = pieces > 1 ? pieces : 0;
+    p.work.rows[position].slot = slot;
+    // Too many for the partial slots, which sound tables cannot bring about: the row gets no result.
+    if (slot > p.work.partial_capacity - slots_of_row) p.work.rows[position].pieces = -1;
+    slot += slots_of_row;
   }
 }
 
 __global__ void __launch_bounds__(kThreads) schedule_kernel(const __grid_constant__ ScheduleParams p) {
-  __shared__ u64 scratch64[kWarps];
-  __shared__ int scratch[kWarps];
+  extern __shared__ __align__(16) char raw[];
+  Shared& shared = *reinterpret_cast<Shared*>(raw);
+  __shared__ Trial trials[2][kCandidates];
   const int tid = threadIdx.x;
   ptx::grid_dependency_wait();
   const int segments = min(max(p.layout.sizes[0], 0), p.layout.segment_capacity);
   const int per_thread = (segments + kThreads - 1) / kThreads;
   const int from = min(tid * per_thread, segments), to = min(from + per_thread, segments);
 
-  u64 wide_tiles = 0, narrow_tiles = 0, loaded_tiles = 0;
+  u64 tiles[3] = {0, 0, 0};  // wide, narrow, loaded
+#pragma unroll 1
   for (int i = from; i < to; ++i) {
-    const Shape s = segment_shape(p, i);
-    (s.wide ? wide_tiles : narrow_tiles) += static_cast<u64>(s.tiles) * (s.wide ? s.row_tiles : 1);
-    loaded_tiles += s.tiles;
+    if (i < kCached) shared.shapes[i] = read_shape(p, i);
+    const Shape s = segment_shape(p, shared, i);
+    tiles[0] += s.wide ? static_cast<u64>(s.tiles) * s.row_tiles : 0;
+    tiles[1] += s.wide ? 0 : s.tiles;
+    tiles[2] += s.tiles;
   }
-  wide_tiles = block_sum(wide_tiles, scratch64);
-  narrow_tiles = block_sum(narrow_tiles, scratch64);
-  loaded_tiles = block_sum(loaded_tiles, scratch64);
-  __shared__ Trial trials[2][kCandidates];
-  const int wide_ctas = choose_wide_ctas(p, wide_tiles, narrow_tiles, loaded_tiles), narrow_ctas = p.ctas - wide_ctas;
-  const float wide_load = static_cast<float>(wide_tiles) * p.kv_heads / max(wide_ctas, 1);
-  const float narrow_load = static_cast<float>(narrow_tiles) * p.kv_heads / max(narrow_ctas, 1);
-  try_candidates(p, wide_load, narrow_load, from, to, per_thread, trials);
+  block_sum<kWarps>(tiles, shared.scratch64);
+  const int wide_ctas = choose_wide_ctas(p, tiles[0], tiles[1], tiles[2]), narrow_ctas = p.ctas - wide_ctas;
+  const float wide_load = static_cast<float>(tiles[0]) * p.kv_heads / max(wide_ctas, 1);
+  const float narrow_load = static_cast<float>(tiles[1]) * p.kv_heads / max(narrow_ctas, 1);
+  try_candidates(p, shared, wide_load, narrow_load, from, to, per_thread, trials);
   Targets target{best_target(trials[0], wide_load, max(wide_ctas, 1), p.kv_heads, kWideItemTiles),
                  best_target(trials[1], narrow_load, max(narrow_ctas, 1), p.kv_heads, kNarrowItemTiles)};
 
   // Split less where entries or partial slots would not suffice.
-  int entries_total = 0, partial_total = 0;
+  int totals[2];
+#pragma unroll 1
   for (int attempt = 0; attempt < 20; ++attempt) {
-    int entries = 0, partials = 0;
+    totals[0] = totals[1] = 0;
+#pragma unroll 1
     for (int i = from; i < to; ++i) {
-      const Shape s = segment_shape(p, i);
+      const Shape s = segment_shape(p, shared, i);
       const Cut c = cut_segment(s, target);
-      entries += c.chunks * s.row_tiles;
-      partials += partial_rows(p, s, c);
+      totals[0] += c.chunks * s.row_tiles;
+      totals[1] += c.chunks * s.rows;
     }
-    entries_total = block_sum(entries, scratch);
-    partial_total = block_sum(partials, scratch);
-    if (entries_total <= p.work.entry_capacity && partial_total <= p.work.partial_capacity) break;
+    block_sum<kWarps>(totals, shared.scratch);
+    if (totals[0] <= p.work.entry_capacity && totals[1] <= p.work.partial_capacity) break;
     target.wide = min(2 * target.wide, 1 << 24);
     target.narrow = min(2 * target.narrow, 1 << 24);
   }
+  number_pieces(p, shared, target);
 
   // Entries of a class lie in the order of the segments, classes one behind the other.
-  u64 wide_counts = 0, narrow_counts = 0, wide_totals, narrow_totals;
-  int partials = 0, all_partials;
+  u64 at[2] = {0, 0}, counts[2];  // wide, narrow
+#pragma unroll 1
   for (int i = from; i < to; ++i) {
-    const Shape s = segment_shape(p, i);
+    const Shape s = segment_shape(p, shared, i);
     const Cut c = cut_segment(s, target);
     const u64 count = static_cast<u64>(c.chunks * s.row_tiles) << class_shift(s, c, target);
-    wide_counts += s.wide ? count : 0;
-    narrow_counts += s.wide ? 0 : count;
-    partials += partial_rows(p, s, c);
+    at[0] += s.wide ? count : 0;
+    at[1] += s.wide ? 0 : count;
   }
-  u64 wide_at = block_scan<kWarps>(wide_counts, scratch64, wide_totals),
-      narrow_at = block_scan<kWarps>(narrow_counts, scratch64, narrow_totals);
-  int partial = block_scan<kWarps>(partials, scratch, all_partials);
-  wide_at += (wide_totals << 16) + (wide_totals << 32) + (wide_totals << 48);
-  narrow_at += (narrow_totals << 16) + (narrow_totals << 32) + (narrow_totals << 48);
+  block_scan<kWarps>(at, counts, shared.scratch64);
+  at[0] += (counts[0] << 16) + (counts[0] << 32) + (counts[0] << 48);
+  at[1] += (counts[1] << 16) + (counts[1] << 32) + (counts[1] << 48);
 
+#pragma unroll 1
   for (int i = 0; i < per_thread; ++i) {
     const int segment = from + i;
-    const bool have = segment < to;
-    Shape s{};
-    s.row_tiles = 1;
-    Cut c{0, 1};
-    int where = 0, page = 0;
-    const int base = partial;
-    if (have) {
-      s = segment_shape(p, segment);
-      c = cut_segment(s, target);
-      const int shift = class_shift(s, c, target);
-      where = static_cast<int>(((s.wide ? wide_at : narrow_at) >> shift) & 0xFFFF);
-      const u64 count = static_cast<u64>(c.chunks * s.row_tiles) << shift;
-      wide_at += s.wide ? count : 0;
-      narrow_at += s.wide ? 0 : count;
-      page = max(p.layout.page_indptr[segment], 0);
-      partial += partial_rows(p, s, c);
-      p.work.segments[segment] = {c.chunks, base, s.row_begin, s.rows};
+    int count = 0, shift = 0;
+    if (segment < to) {
+      const Shape s = segment_shape(p, shared, segment);
+      const Cut c = cut_segment(s, target);
+      count = c.chunks * s.row_tiles;
+      shift = class_shift(s, c, target);
     }
-    const int count = c.chunks * s.row_tiles;
-    if (count <= 4) {
-      for (int e = 0; e < count; ++e) write_entry(p, s, c, page, base, s.wide, where, e);
-    }
-    for (uint32_t many = __ballot_sync(~0u, count > 4); many != 0; many &= many - 1) {  // the warp together
+    const bool wide = count > 0 && segment_shape(p, shared, segment).wide;
+    const int where = static_cast<int>(((wide ? at[0] : at[1]) >> shift) & 0xFFFF);
+    at[0] += wide ? static_cast<u64>(count) << shift : 0;
+    at[1] += wide ? 0 : static_cast<u64>(count) << shift;
+    for (uint32_t many = __ballot_sync(~0u, count > 0); many != 0; many &= many - 1) {  // the warp together
       const int src = __ffs(many) - 1;
-      Shape b;
-      b.row_begin = __shfl_sync(~0u, s.row_begin, src);
-      b.rows = __shfl_sync(~0u, s.rows, src);
-      b.begin = __shfl_sync(~0u, s.begin, src);
-      b.tokens = __shfl_sync(~0u, s.tokens, src);
-      b.row_tiles = __shfl_sync(~0u, s.row_tiles, src);
-      b.wide = __shfl_sync(~0u, static_cast<int>(s.wide), src);
-      const Cut d{0, __shfl_sync(~0u, c.chunk_tiles, src)};
-      const int b_page = __shfl_sync(~0u, page, src), b_base = __shfl_sync(~0u, base, src),
-                b_where = __shfl_sync(~0u, where, src);
-      const int b_count = __shfl_sync(~0u, count, src);
-      for (int e = tid % 32; e < b_count; e += 32) write_entry(p, b, d, b_page, b_base, b.wide, b_where, e);
+      const int theirs = __shfl_sync(~0u, segment, src), first = __shfl_sync(~0u, where, src),
+                entries = __shfl_sync(~0u, count, src);
+      const Shape s = segment_shape(p, shared, theirs);
+      const Cut c = cut_segment(s, target);
+      const int page = max(p.layout.page_indptr[theirs], 0), piece = first_piece(p, shared, theirs);
+      for (int e = tid % 32; e < entries; e += 32) write_entry(p, s, c, page, piece, first, e);
     }
   }
+  const int entries[2] = {sum_fields(counts[0]), sum_fields(counts[1])};
   if (tid == 0) {
     ScheduleHeader& h = *p.work.header;
     h.taken[0] = h.taken[1] = 0;
-    h.entries[0] = sum_fields(wide_totals);
-    h.entries[1] = sum_fields(narrow_totals);
+    h.entries[0] = entries[0];
+    h.entries[1] = entries[1];
     h.wide_ctas = wide_ctas;
-    h.overflow = partial_total > p.work.partial_capacity || entries_total > p.work.entry_capacity;
+    h.overflow = totals[1] > p.work.partial_capacity || totals[0] > p.work.entry_capacity;
   }
   __syncthreads();
-  tag_rows(p);
+  __shared__ WorkItem starts[kMaxCtas];
+  if (tid < p.ctas) {
+    const bool wide = tid < wide_ctas;
+    const int index = wide ? tid : tid - wide_ctas, entry = index / p.kv_heads;
+    WorkItem item{};
+    if (entry < min(wide ? entries[0] : entries[1], p.work.entry_capacity)) {
+      item = p.work.items[wide ? entry : p.work.entry_capacity - 1 - entry];
+      item.kv_head = index - entry * p.kv_heads;
+    }
+    p.work.starts[tid] = starts[tid] = item;
+  }
+  __syncthreads();
+#pragma unroll 4
+  for (int i = tid; i < p.ctas * kStartTokens; i += kThreads) {
+    const WorkItem& item = starts[i / kStartTokens];
+    const int t = i % kStartTokens;
+    if (t < item.num_tokens)
+      p.work.start_pages[i] =
+          p.layout.page_indices[min(item.page + (item.token + t) / p.layout.page_size, p.layout.page_capacity - 1)];
+  }
 }
 
 }  // namespace
 
 void launch_schedule(const ScheduleParams& p, cudaStream_t stream) {
-  launch_dependent(schedule_kernel, dim3(1), dim3(kThreads), 0, stream, p);
+  FC_CUDA(cudaFuncSetAttribute(schedule_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared)));
+  launch_dependent(schedule_kernel, dim3(1), dim3(kThreads), sizeof(Shared), stream, p);
 }
 
 }  // namespace flashcore

@@ -1,114 +1,23 @@
-// How work items reach the warps of a CTA.
+// The feeder warp: work items from the lists to the other warps of the CTA.
 #pragma once
 #include "attention/tiles.cuh"
 
 namespace flashcore::decode {
 
-// Producer warp 0 takes items from the lists and posts them to the ring. An item is claimed late, when its predecessor
-// is nearly loaded: a CTA that is busy for long must not hold work that others could start. Small items are claimed in
-// batches, so that the latency of the counter and of the list is paid once for several.
+// An item is claimed late, when the one before it is nearly loaded: a CTA that is busy for long must not hold work that
+// others could start. Small items are claimed in batches, so that the latency of the counter and of the list is paid
+// once for several.
 constexpr int kBatch = 4;  // items claimed at a time while they are small
 constexpr int kSmallTokens = 256;
+constexpr int kSmallAhead = 2, kLargeAhead = 0;  // items still to be begun when the next are claimed
+constexpr int kItemReaders = 3 + 8;              // K, V and q loaders and the consumer warps
 
-__device__ __forceinline__ int list_base(int list, int wide_ctas) {
-  return list == 0 ? wide_ctas : static_cast<int>(gridDim.x) - wide_ctas;
+__device__ __forceinline__ WorkItem load_item(const WorkItem* from) {
+  const int4 a = __ldg(reinterpret_cast<const int4*>(from)), b = __ldg(reinterpret_cast<const int4*>(from) + 1);
+  return {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 }
 
-// The first item of a CTA is fixed, so that it needs no counter. Returns lane 0's index of the first claimed item.
-template <class C>
-__device__ __forceinline__ int start_feed(SharedStorage<C>& s, int lane) {
-  const int list = static_cast<int>(blockIdx.x) < s.wide_ctas ? 0 : 1;
-  if (lane == 0) {
-    s.feed = {};
-    s.feed.list = list;
-    s.feed.claimed = 1;
-  }
-  __syncwarp();
-  return static_cast<int>(blockIdx.x) - (list == 0 ? 0 : s.wide_ctas);
-}
-
-// The counter's answer is on its way when this returns.
-template <class C>
-__device__ __forceinline__ int claim(const DecodeParams& p, SharedStorage<C>& s, int count, int lane) {
-  int index = 0;
-  if (lane == 0) {
-    const int list = s.feed.list;
-    s.feed.claimed = count;
-    s.feed.wants = 0;
-    index = list_base(list, s.wide_ctas) + atomicAdd(&p.work.header->taken[list], count);
-  }
-  __syncwarp();
-  return index;
-}
-
-// Begins an item: how many more to claim while it is loaded.
-template <class C>
-__device__ __forceinline__ void begin_item(SharedStorage<C>& s, const WorkItem& item, int lane) {
-  if (lane == 0) {
-    const bool small = item.num_tokens <= kSmallTokens;
-    const int ahead = s.feed.ahead - 1;
-    s.feed.ahead = ahead;
-    s.feed.wants = s.feed.done || ahead > (small ? 1 : 0) ? 0 : small ? kBatch : 1;
-  }
-  __syncwarp();
-}
-
-// Posts what was claimed, the whole warp together; then the end mark if both lists are empty.
-template <class C>
-__device__ __forceinline__ void post_claimed(const DecodeParams& p, SharedStorage<C>& s, int index, int lane) {
-  int first = __shfl_sync(~0u, index, 0);
-  if (first >= s.list_items[s.feed.list] && !s.feed.other_tried) {
-    __syncwarp();
-    if (lane == 0) {
-      s.feed.other_tried = 1;
-      s.feed.list ^= 1;
-    }
-    __syncwarp();
-    first = __shfl_sync(~0u, claim<C>(p, s, 1, lane), 0);  // one: its items may be large
-  }
-  const FeedState f = s.feed;
-  const int have = min(max(s.list_items[f.list] - first, 0), f.claimed);
-  const bool mine = lane < have;
-  const int at = first + lane, entry = at / p.kv_heads;
-  int4 a = make_int4(0, 0, 0, 0), b = a;
-  if (mine) {
-    const int4* src =
-        reinterpret_cast<const int4*>(p.work.items + (f.list == 0 ? entry : p.work.entry_capacity - 1 - entry));
-    a = src[0];
-    b = src[1];
-  }
-  const uint32_t before = (1u << lane) - 1;
-  const uint32_t narrow = __ballot_sync(~0u, mine && a.z <= kNarrowRows);
-  const uint32_t owners = a.z > kNarrowRows ? 3 : ((f.turn + __popc(narrow & before)) & 1) + 1;
-  const uint32_t of_first = __ballot_sync(~0u, mine && (owners & 1)),
-                 of_second = __ballot_sync(~0u, mine && (owners & 2));
-  const uint32_t phases = f.q_phases ^ ((__popc(of_first & before) & 1) | (__popc(of_second & before) & 1) << 1);
-  b.w = static_cast<int>((at - entry * p.kv_heads) | (owners | phases << 2) << kOwnerShift);
-  const int posted = max(have, 1);  // items, or the end mark
-  if (lane < posted) {
-    Ring<C::kRing> slot{f.post};
-    slot.advance(lane);
-    ptx::mbarrier_wait(ptx::smem_address(&s.item_empty[slot.slot()]), slot.phase() ^ 1);
-    int4* dst = reinterpret_cast<int4*>(&s.items[slot.slot()]);
-    dst[0] = a;
-    dst[1] = b;
-    ptx::mbarrier_arrive(ptx::smem_address(&s.item_full[slot.slot()]));
-  }
-  __syncwarp();
-  if (lane == 0) {
-    Ring<C::kRing> slot{f.post};
-    slot.advance(posted);
-    s.feed.post = slot.at;
-    s.feed.ahead = f.ahead + posted;
-    s.feed.done = have == 0;
-    s.feed.claimed = 0;
-    s.feed.turn = (f.turn + __popc(narrow)) & 1;
-    s.feed.q_phases = f.q_phases ^ ((__popc(of_first) & 1) | (__popc(of_second) & 1) << 1);
-  }
-  __syncwarp();
-}
-
-// The item stays in its slot until every warp has called finish_item.
+// Waits for the item; it stays in its slot until every reader has called finish_item.
 template <class C>
 __device__ __forceinline__ const WorkItem& wait_item(SharedStorage<C>& s, const Ring<C::kRing>& ring) {
   ptx::mbarrier_wait(ptx::smem_address(&s.item_full[ring.slot()]), ring.phase());
@@ -125,6 +34,87 @@ __device__ __forceinline__ void finish_item(SharedStorage<C>& s, Ring<C::kRing>&
   __syncwarp();
   if (lane == 0) ptx::mbarrier_arrive(ptx::smem_address(&s.item_empty[ring.slot()]));
   ring.advance();
+}
+
+struct Feed {
+  int list, ahead;          // list it takes from; items posted and not yet begun
+  bool small, other_tried;  // the last item posted is small; the first list is empty
+  uint32_t turn, q_phases;  // warpgroup of the next narrow item; phases of the two q buffers
+};
+
+// Lane i < have posts item (a, b), the last of which is b's head; have 0: the end mark.
+template <class C>
+__device__ __forceinline__ void post(SharedStorage<C>& s, Feed& feed, Ring<C::kRing>& ring, int have, int4 a, int4 b,
+                                     int lane) {
+  const bool mine = lane < have;
+  const uint32_t before = (1u << lane) - 1;
+  const uint32_t narrow = __ballot_sync(~0u, mine && a.z <= kNarrowRows);
+  const uint32_t owners = a.z > kNarrowRows ? 3 : ((feed.turn + __popc(narrow & before)) & 1) + 1;
+  const uint32_t of_first = __ballot_sync(~0u, mine && (owners & 1)),
+                 of_second = __ballot_sync(~0u, mine && (owners & 2));
+  const uint32_t phases = feed.q_phases ^ ((__popc(of_first & before) & 1) | (__popc(of_second & before) & 1) << 1);
+  b.w |= static_cast<int>((owners | phases << 2) << kOwnerShift);
+  if (!mine) b.y = 0;
+  const int posted = max(have, 1);
+  if (lane < posted) {
+    Ring<C::kRing> slot = ring;
+    slot.advance(lane);
+    ptx::mbarrier_wait(ptx::smem_address(&s.item_empty[slot.slot()]), slot.phase() ^ 1);
+    int4* dst = reinterpret_cast<int4*>(&s.items[slot.slot()]);
+    dst[0] = a;
+    dst[1] = b;
+    ptx::mbarrier_arrive(ptx::smem_address(&s.item_full[slot.slot()]));
+  }
+  __syncwarp();
+  ring.advance(posted);
+  feed.ahead += posted;
+  feed.small = __shfl_sync(~0u, b.y, posted - 1) <= kSmallTokens;
+  feed.turn = (feed.turn + __popc(narrow)) & 1;
+  feed.q_phases ^= (__popc(of_first) & 1) | (__popc(of_second) & 1) << 1;
+}
+
+// `start`: the first item of this CTA, fixed by the schedule so that it needs no counter.
+template <class C>
+__device__ __forceinline__ void feed_items(const DecodeParams& p, SharedStorage<C>& s, const WorkItem& start,
+                                           int lane) {
+  Feed feed{static_cast<int>(blockIdx.x) < s.wide_ctas ? 0 : 1, 0, false, false, 0, 0};
+  Ring<C::kRing> ring, begun;
+  if (start.num_tokens > 0) {
+    post<C>(s, feed, ring, 1, make_int4(start.row_begin, start.q_row, start.q_rows, start.page),
+            make_int4(start.token, start.num_tokens, start.piece, start.kv_head), lane);
+  }
+  while (true) {
+    while (feed.ahead > (feed.small ? kSmallAhead : kLargeAhead)) {
+      ptx::mbarrier_wait(ptx::smem_address(&s.item_begun[begun.slot()]), begun.phase());
+      begun.advance();
+      --feed.ahead;
+    }
+    const int count = feed.small ? kBatch : 1;
+    int first = 0;
+    if (lane == 0) {
+      const int started = feed.list == 0 ? s.wide_ctas : static_cast<int>(gridDim.x) - s.wide_ctas;
+      first = started + atomicAdd(&p.work.header->taken[feed.list], count);
+    }
+    first = __shfl_sync(~0u, first, 0);
+    const int have = min(max(s.list_items[feed.list] - first, 0), count);
+    if (have == 0 && !feed.other_tried) {
+      feed.other_tried = true;
+      feed.list ^= 1;
+      feed.small = false;  // its items may be large: one at a time
+      continue;
+    }
+    int4 a = make_int4(0, 0, 0, 0), b = a;
+    if (lane < have) {
+      const int at = first + lane, entry = at / p.kv_heads;
+      const int4* src =
+          reinterpret_cast<const int4*>(p.work.items + (feed.list == 0 ? entry : p.work.entry_capacity - 1 - entry));
+      a = src[0];
+      b = src[1];
+      b.w = at - entry * p.kv_heads;
+    }
+    post<C>(s, feed, ring, have, a, b, lane);
+    if (have == 0) break;
+  }
 }
 
 }  // namespace flashcore::decode

@@ -178,8 +178,6 @@ class Decode:
             k,
             v,
             self.page_indices,
-            self.row_indptr,
-            self.row_segments,
             self.workspace,
             out,
             self.segments,
