@@ -15,8 +15,9 @@ namespace {
 WorkspaceLayout checked_layout(int64_t batch, int64_t segment_capacity, int64_t heads, int64_t kv_heads,
                                int64_t head_dim, int64_t partial_capacity) {
   check_heads(heads, kv_heads, head_dim);
-  FC_CHECK(batch > 0 && batch < (1 << 20)) << "batch: want 1 .. " << (1 << 20) - 1 << ", got " << batch;
-  FC_CHECK(segment_capacity > 0) << "segment_capacity: want a positive size, got " << segment_capacity;
+  FC_CHECK(batch > 0 && batch <= kMaxBatch) << "batch: want 1 .. " << kMaxBatch << ", got " << batch;
+  FC_CHECK(segment_capacity > 0 && segment_capacity <= kMaxSegments)
+      << "segment_capacity: want 1 .. " << kMaxSegments << ", got " << segment_capacity;
   FC_CHECK(partial_capacity > 0) << "partial_capacity: want a positive size, got " << partial_capacity;
   const WorkspaceLayout w = workspace_layout(batch, segment_capacity, heads, kv_heads, head_dim, partial_capacity);
   FC_CHECK(w.entry_capacity < (1 << 16)) << "partial_capacity: want fewer than 65536 work items, got "
@@ -34,10 +35,16 @@ int64_t decode_workspace_bytes(int64_t batch, int64_t segment_capacity, int64_t 
       checked_layout(batch, segment_capacity, heads, kv_heads, head_dim, partial_capacity).bytes);
 }
 
+PageDivision division_by(int64_t page_size) {
+  int shift = 31;
+  while ((int64_t{1} << (shift - 31)) < page_size) ++shift;
+  return {static_cast<uint32_t>(((int64_t{1} << shift) + page_size - 1) / page_size), shift};
+}
+
 void decode_schedule(TensorView sizes, TensorView row_order, TensorView segment_rows, TensorView segment_positions,
-                     TensorView page_indptr, TensorView page_indices, TensorView row_indptr, TensorView row_segments,
-                     TensorView workspace, int64_t page_size, int64_t heads, int64_t kv_heads, int64_t head_dim,
-                     int64_t partial_capacity, int64_t wide_ns, int64_t narrow_ns, int64_t hbm_ps) {
+                     TensorView page_indptr, TensorView page_indices, TensorView workspace, int64_t page_size,
+                     int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t partial_capacity, int64_t wide_ns,
+                     int64_t narrow_ns, int64_t hbm_ps) {
   const int64_t batch = row_order.numel(), segments = page_indptr.numel() - 1;
   const WorkspaceLayout w = checked_layout(batch, segments, heads, kv_heads, head_dim, partial_capacity);
   FC_CHECK(page_size > 0) << "page_size: want a positive size, got " << page_size;
@@ -51,13 +58,14 @@ void decode_schedule(TensorView sizes, TensorView row_order, TensorView segment_
               int_array("segment_positions", segment_positions, workspace, 2 * segments),
               int_array("page_indptr", page_indptr, workspace, 2),
               int_array("page_indices", page_indices, workspace, 1),
-              int_array("row_indptr", row_indptr, workspace, batch + 1),
-              int_array("row_segments", row_segments, workspace, 1),
+              nullptr,
+              nullptr,
               static_cast<int>(batch),
               static_cast<int>(segments),
               static_cast<int>(page_indices.numel()),
-              static_cast<int>(row_segments.numel()),
+              0,
               static_cast<int>(page_size)};
+  p.by_page = division_by(page_size);
   p.cost = {static_cast<int>(wide_ns), static_cast<int>(narrow_ns), static_cast<int>(hbm_ps),
             head_dim == 256 ? 64 : 128};
   p.kv_heads = kv_heads;
@@ -86,9 +94,8 @@ void decode(TensorView q, TensorView k_cache, TensorView v_cache, TensorView pag
   fill_attention(p, q, k_cache, v_cache, out, scale, logit_cap, sinks);
   p.batch = batch;
   p.page_size = page_size;
-  p.page_shift = 31;
-  while ((int64_t{1} << (p.page_shift - 31)) < page_size) ++p.page_shift;
-  p.page_magic = static_cast<uint32_t>(((int64_t{1} << p.page_shift) + page_size - 1) / page_size);
+  p.page_magic = division_by(page_size).magic;
+  p.page_shift = division_by(page_size).shift;
   p.page_indices = int_array("page_indices", page_indices, workspace, 1);
   p.page_capacity = page_indices.numel();
   const cudaStream_t stream = current_stream(workspace);

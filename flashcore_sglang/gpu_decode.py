@@ -89,9 +89,8 @@ class GpuDecode:
         x = self._layout
         self.pager.build()
         self._library.decode_schedule(
-            x.sizes, x.row_order, x.segment_rows, x.segment_positions, x.segment_entries, x.table, x.row_indptr,
-            x.row_segments, self._workspace, self.page_size, self._heads, self._kv_heads, self._head_dim,
-            self._partials, *self._costs,
+            x.sizes, x.row_order, x.segment_rows, x.segment_positions, x.segment_entries, x.table, self._workspace,
+            self.page_size, self._heads, self._kv_heads, self._head_dim, self._partials, *self._costs,
         )  # fmt: skip
 
     def attend(

@@ -14,9 +14,16 @@ constexpr int kNarrowRows = 64;  // q_rows of one consumer warpgroup; a wide ite
 constexpr int kWideRows = 128;
 constexpr int kMinEntries = 2048;
 constexpr int kMaxCtas = 256;
-constexpr int kStartTokens = 256;  // whose pages are looked up for a CTA beforehand
+constexpr int kStartTokens = 256;                     // whose pages are looked up for a CTA beforehand
+constexpr int kMaxBatch = 4096, kMaxSegments = 4096;  // that a step can have
 constexpr int kMaxPageSize = 1 << 20;
 constexpr int kOwnerShift = 16;
+
+// t / page_size = t * magic >> shift for every t of 31 bits.
+struct PageDivision {
+  uint32_t magic;
+  int shift;
+};
 
 // The pager's output (see the layout's documentation). Device memory, int32, not owned.
 struct LayoutView {
@@ -26,8 +33,8 @@ struct LayoutView {
   const int* segment_positions;  // [S, 2]
   const int* page_indptr;        // [S + 1] first entry of each segment in page_indices; the last is not used
   const int* page_indices;       // [N]
-  const int* row_indptr;         // [B + 1]
-  const int* row_segments;       // [E]
+  const int* row_indptr;         // [B + 1]; only for extend
+  const int* row_segments;       // [E]; only for extend
   int batch;                     // B
   int segment_capacity;
   int page_capacity;
@@ -66,7 +73,7 @@ struct ScheduleHeader {
 
 // Offsets in bytes into the workspace. All 256-aligned.
 struct WorkspaceLayout {
-  size_t header, segment_pieces, rows, starts, start_pages, items, partial_lse2, partial_out, bytes;
+  size_t header, rows, starts, start_pages, items, partial_lse2, partial_out, bytes;
   int entry_capacity, partial_capacity;
 };
 
@@ -88,7 +95,6 @@ inline WorkspaceLayout workspace_layout(int batch, int segment_capacity, int hea
     return here;
   };
   w.header = take(sizeof(ScheduleHeader));
-  w.segment_pieces = take(sizeof(int) * segment_capacity);
   w.rows = take(sizeof(RowInfo) * batch);
   w.starts = take(sizeof(WorkItem) * kMaxCtas);
   w.start_pages = take(sizeof(int) * kMaxCtas * kStartTokens);
@@ -102,7 +108,6 @@ inline WorkspaceLayout workspace_layout(int batch, int segment_capacity, int hea
 // Pointers into one workspace.
 struct Workspace {
   ScheduleHeader* header;
-  int* segment_pieces;  // [S] pieces that the rows of a segment have before it
   RowInfo* rows;        // [B] by position in row_order
   WorkItem* starts;     // [kMaxCtas] first item of each CTA; num_tokens 0: none
   int* start_pages;     // [kMaxCtas, kStartTokens] pages of its first tokens
@@ -115,7 +120,6 @@ struct Workspace {
 inline Workspace bind_workspace(const WorkspaceLayout& w, void* base) {
   char* p = static_cast<char*>(base);
   return {reinterpret_cast<ScheduleHeader*>(p + w.header),
-          reinterpret_cast<int*>(p + w.segment_pieces),
           reinterpret_cast<RowInfo*>(p + w.rows),
           reinterpret_cast<WorkItem*>(p + w.starts),
           reinterpret_cast<int*>(p + w.start_pages),
@@ -137,6 +141,7 @@ struct ScheduleParams {
   LayoutView layout;
   Workspace work;
   TileCosts cost;
+  PageDivision by_page;
   int kv_heads, ratio, ctas;
 };
 

@@ -10,11 +10,14 @@
 // limit, M = time the card needs to load all tokens once, the step takes about T = max(M, (W + N) / CTAs), and W / T
 // CTAs start on the wide list.
 //
-// Pieces and partial slots: see RowInfo. All rows of a segment have the same segments before it, so the pieces of a
-// segment have the same number in each of its rows.
+// Pieces and partial slots: see RowInfo. Segments are sorted by (first row, first position), parents before children.
+// So the pieces that the rows of a segment have before it are those of all segments before it, less those of segments
+// whose rows end before its first row; and the pieces of a row are those of all segments whose rows have begun, less
+// those of segments whose rows have ended.
 //
-// Grid: one CTA of 1024 threads; its time is that of the chain of loads and of code coming cold from memory, whatever
-// the batch. Order of everything is fixed by scans and integer sums, so the list is the same in every run.
+// Grid: one CTA of 1024 threads. Its time is that of code coming cold from memory and of a chain of barriers, whatever
+// the batch: so the code is kept short, with loops that are not unrolled. Order of everything is fixed by scans and
+// integer sums, so the list is the same in every run.
 #include "attention/launch.h"
 #include "attention/params.h"
 #include "common/block_scan.cuh"
@@ -24,50 +27,18 @@ namespace flashcore {
 namespace {
 
 constexpr int kThreads = 1024, kWarps = kThreads / 32;
+constexpr int kCandidates = 8;                                    // of a list
+constexpr int kUnsplitShift = 24, kUnsplit = 1 << kUnsplitShift;  // tiles: more than a segment has
 using u64 = unsigned long long;
 
-struct Shape {  // of a segment
-  int row_begin, rows, begin, tokens, tiles, row_tiles;
+enum List { kWide, kNarrow };
+enum Quantity { kItems, kLarge, kSlots, kLongest, kQuantities };  // of a trial; per KV head
+
+struct Shape {                               // of a segment
+  int row_begin, rows, token, tokens, page;  // token: where it begins in its first page
+  int tiles, row_tiles;
   bool wide;
 };
-
-// Shapes in shared memory; of segments past kCached only the tables know them, and they are read anew each time.
-constexpr int kCached = 4096;
-
-struct Shared {
-  int4 shapes[kCached];
-  int pieces[kCached];  // of a segment: number of its first piece
-  u64 scratch64[3][kWarps];
-  int scratch[2][kWarps];
-};
-
-__device__ __forceinline__ int4 read_shape(const ScheduleParams& p, int segment) {
-  const LayoutView& l = p.layout;
-  const int first = min(max(l.page_indptr[segment], 0), l.page_capacity);
-  const int2 rows = reinterpret_cast<const int2*>(l.segment_rows)[segment],
-             positions = reinterpret_cast<const int2*>(l.segment_positions)[segment];
-  const int row_begin = min(max(rows.x, 0), l.batch - 1), begin = max(positions.x, 0);
-  const int count = min(max(rows.y, row_begin), l.batch) - row_begin;
-  // Never more tokens than there are page entries, so that no item walks off them.
-  const int64_t held = static_cast<int64_t>(l.page_capacity - first) * l.page_size - begin % l.page_size;
-  const int64_t wanted = static_cast<int64_t>(positions.y) - begin;
-  return make_int4(row_begin, count, begin, count > 0 ? static_cast<int>(max(min(wanted, held), int64_t{0})) : 0);
-}
-
-__device__ __forceinline__ Shape segment_shape(const ScheduleParams& p, const Shared& shared, int segment) {
-  const int4 x = segment < kCached ? shared.shapes[segment] : read_shape(p, segment);
-  Shape s;
-  s.row_begin = x.x, s.rows = x.y, s.begin = x.z, s.tokens = x.w;
-  s.tiles = (s.tokens + p.cost.tile_tokens - 1) / p.cost.tile_tokens;
-  const int q_rows = s.rows * p.ratio;
-  s.wide = q_rows > kNarrowRows;
-  s.row_tiles = (q_rows + kWideRows - 1) / kWideRows;
-  return s;
-}
-
-__device__ __forceinline__ int& first_piece(const ScheduleParams& p, Shared& shared, int segment) {
-  return segment < kCached ? shared.pieces[segment] : p.work.segment_pieces[segment];
-}
 
 struct Cut {
   int chunks, chunk_tiles;
@@ -78,12 +49,60 @@ struct Targets {  // tiles a chunk is to have
   __device__ __forceinline__ int of(const Shape& s) const { return s.wide ? wide : narrow; }
 };
 
+struct Shared {
+  int4 shapes[kMaxSegments];  // row_begin and rows, token, tokens, page
+  Cut cuts[kMaxSegments];
+  int row[kMaxBatch];
+  int begun[kMaxBatch], ended[kMaxBatch + 1];  // pieces of the segments whose rows begin, end there
+  WorkItem first[2][kMaxCtas];                 // items of each list
+  unsigned trials[2][kQuantities][2 * kCandidates];
+  unsigned sums[3][kWarps];
+  u64 scratch64[4][kWarps];
+  int scratch[1][kWarps];
+};
+static_assert(kMaxBatch < 1 << 15);
+
+// a and b below 2^24, b > 0: exact. Shorter than the division of integers.
+__device__ __forceinline__ int ceil_div(int a, int b) {
+  const int q = static_cast<int>(__fdividef(static_cast<float>(a), static_cast<float>(b))), rest = a - q * b;
+  return q + (rest > 0) + (rest > b) - (rest <= -b);
+}
+__device__ __forceinline__ int floor_div(int a, int b) { return ceil_div(a + 1, b) - 1; }
+
+__device__ __forceinline__ int page_of(const ScheduleParams& p, int t) {
+  return static_cast<int>((static_cast<u64>(t) * p.by_page.magic) >> p.by_page.shift);
+}
+
+__device__ __forceinline__ int4 read_shape(const ScheduleParams& p, int segment) {
+  const LayoutView& l = p.layout;
+  const int page = min(max(l.page_indptr[segment], 0), l.page_capacity);
+  const int2 rows = reinterpret_cast<const int2*>(l.segment_rows)[segment],
+             positions = reinterpret_cast<const int2*>(l.segment_positions)[segment];
+  const int row_begin = min(max(rows.x, 0), l.batch - 1), begin = max(positions.x, 0);
+  const int count = min(max(rows.y, row_begin), l.batch) - row_begin;
+  const int token = begin - page_of(p, begin) * l.page_size;
+  // Never more tokens than there are page entries, so that no item walks off them.
+  const int64_t held = static_cast<int64_t>(l.page_capacity - page) * l.page_size - token;
+  const int64_t wanted = static_cast<int64_t>(positions.y) - begin;
+  const int tokens = count > 0 ? static_cast<int>(max(min(wanted, held), int64_t{0})) : 0;
+  return make_int4(row_begin | count << 16, token, tokens, page);
+}
+
+__device__ __forceinline__ Shape segment_shape(const ScheduleParams& p, const int4& x) {
+  Shape s;
+  s.row_begin = x.x & 0xFFFF, s.rows = x.x >> 16, s.token = x.y, s.tokens = x.z, s.page = x.w;
+  const unsigned last = s.tokens + p.cost.tile_tokens - 1;
+  s.tiles = static_cast<int>(last >> (31 - __clz(p.cost.tile_tokens)));  // a power of two
+  const int q_rows = s.rows * p.ratio;
+  s.wide = q_rows > kNarrowRows;
+  s.row_tiles = (q_rows + kWideRows - 1) / kWideRows;
+  return s;
+}
+
 __device__ __forceinline__ Cut cut_segment(const Shape& s, const Targets& target) {
-  const int want = target.of(s);
   if (s.tiles == 0) return {0, 1};
-  const int chunks = (s.tiles + want - 1) / want;
-  const int chunk_tiles = (s.tiles + chunks - 1) / chunks;
-  return {(s.tiles + chunk_tiles - 1) / chunk_tiles, chunk_tiles};
+  const int chunk_tiles = ceil_div(s.tiles, ceil_div(s.tiles, target.of(s)));
+  return {ceil_div(s.tiles, chunk_tiles), chunk_tiles};
 }
 
 // Cost class of the items of a segment: 0 the costliest. Four per list, in 16-bit fields of one word.
@@ -92,245 +111,316 @@ __device__ __forceinline__ int class_shift(const Shape& s, const Cut& c, const T
   return 16 * ((tiles < 4 * want) + (tiles < 2 * want) + (tiles < want));
 }
 
-// Chunk targets to choose from: 1 .. kCandidates items per CTA. Which is best depends on how the chunks of all segments
-// fill the CTAs' last round, so all are tried.
-constexpr int kCandidates = 8;
 // What an item costs beside its tiles, in tiles: start, epilogue, merge of its partial result. Measured: a wide
 // item 6.5 us + 1.65 us a tile.
 constexpr float kWideItemTiles = 3.f, kNarrowItemTiles = 1.f;
 
-struct Trial {                // of one list and candidate
-  int items, large, longest;  // items per KV head; those of at least half the target; tiles of the longest
+// Sums over the CTA, in every thread. One barrier.
+__device__ __forceinline__ void sum_over_threads(unsigned (&x)[3], unsigned (*sums)[kWarps]) {
+#pragma unroll
+  for (int n = 0; n < 3; ++n) {
+    const unsigned of_warp = __reduce_add_sync(~0u, x[n]);
+    if (threadIdx.x % 32 == 0) sums[n][threadIdx.x / 32] = of_warp;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int n = 0; n < 3; ++n) x[n] = __reduce_add_sync(~0u, sums[n][threadIdx.x % 32]);
+}
+
+// How the card is shared between the lists.
+struct Share {
+  unsigned wide_tiles, narrow_tiles;
+  int wide_ctas, narrow_ctas;  // that start on them
 };
 
-__device__ __forceinline__ int candidate(float tiles_per_cta, int i) {
-  return max(2, static_cast<int>(ceilf(fminf(tiles_per_cta / (i + 1), 1e6f))));
-}
-
-// `rounds`: segments per thread, the same for all threads, so that the warps stay together.
-__device__ __forceinline__ void try_candidates(const ScheduleParams& p, const Shared& shared, float wide_load,
-                                               float narrow_load, int from, int to, int rounds,
-                                               Trial (*trials)[kCandidates]) {
-  for (int i = threadIdx.x; i < 2 * kCandidates; i += kThreads) trials[i / kCandidates][i % kCandidates] = {0, 0, 0};
-  __syncthreads();
-#pragma unroll 1
-  for (int i = 0; i < rounds; ++i) {
-    Shape s{};
-    if (from + i < to) s = segment_shape(p, shared, from + i);
-    if (__all_sync(~0u, s.tiles == 0)) continue;
-#pragma unroll 1
-    for (int c = 0; c < kCandidates; ++c) {
-      const Targets target{candidate(wide_load, c), candidate(narrow_load, c)};
-      const Cut cut = cut_segment(s, target);
-      const int items = cut.chunks * s.row_tiles, large = 2 * cut.chunk_tiles >= target.of(s) ? items : 0;
-#pragma unroll
-      for (int list = 0; list < 2; ++list) {
-        const bool mine = s.wide == (list == 0) && s.tiles > 0;
-        const int total = __reduce_add_sync(~0u, mine ? items : 0);
-        if (total == 0) continue;
-        const int total_large = __reduce_add_sync(~0u, mine ? large : 0),
-                  longest = __reduce_max_sync(~0u, mine ? cut.chunk_tiles : 0);
-        if (threadIdx.x % 32 == 0) {
-          atomicAdd(&trials[list][c].items, total);
-          atomicAdd(&trials[list][c].large, total_large);
-          atomicMax(&trials[list][c].longest, longest);
-        }
-      }
-    }
-  }
-  __syncthreads();
-}
-
-// The candidate with the shortest last round, in tiles of one CTA.
-__device__ __forceinline__ int best_target(const Trial* trials, float load, int ctas, int kv_heads, float item_tiles) {
-  float best = 1e30f;
-  int target = 2;
-  for (int c = 0; c < kCandidates; ++c) {
-    const Trial t = trials[c];
-    const float rounds = ceilf(static_cast<float>(t.large) * kv_heads / ctas);
-    const float cost = fmaxf(rounds * t.longest, load) + static_cast<float>(t.items) * kv_heads / ctas * item_tiles;
-    if (cost < best) {
-      best = cost;
-      target = candidate(load, c);
-    }
-  }
-  return target;
-}
-
-// CTAs for the wide list.
-__device__ __forceinline__ int choose_wide_ctas(const ScheduleParams& p, u64 wide_tiles, u64 narrow_tiles,
-                                                u64 loaded_tiles) {
-  if (wide_tiles == 0) return 0;
-  if (narrow_tiles == 0) return p.ctas;
+__device__ __forceinline__ Share share_ctas(const ScheduleParams& p, unsigned wide_tiles, unsigned narrow_tiles,
+                                            unsigned loaded_tiles) {
   const float wide = static_cast<float>(wide_tiles) * p.kv_heads * p.cost.wide_ns,
               narrow = static_cast<float>(narrow_tiles) * p.kv_heads * p.cost.narrow_ns;
   const float memory = static_cast<float>(loaded_tiles) * p.kv_heads * p.cost.hbm_ps * 1e-3f;
-  const float step = fmaxf(memory, (wide + narrow) / p.ctas);
-  return min(max(static_cast<int>(wide / step + 0.5f), 1), p.ctas - 1);
+  const float step = fmaxf(memory, __fdividef(wide + narrow, static_cast<float>(p.ctas)));
+  int ctas = min(max(static_cast<int>(__fdividef(wide, step) + 0.5f), 1), p.ctas - 1);
+  if (wide_tiles == 0) ctas = 0;
+  if (wide_tiles > 0 && narrow_tiles == 0) ctas = p.ctas;
+  return {wide_tiles, narrow_tiles, ctas, p.ctas - ctas};
 }
 
-__device__ __forceinline__ void write_entry(const ScheduleParams& p, const Shape& s, const Cut& c, int page, int piece,
-                                            int at, int i) {
-  const int chunk = i / s.row_tiles, tile = i - chunk * s.row_tiles;
-  const int first = chunk * c.chunk_tiles * p.cost.tile_tokens, q_row = tile * kWideRows;
-  const int slot = s.wide ? at + i : p.work.entry_capacity - 1 - (at + i);
+// Chunk targets to choose from: 1 .. kCandidates items per CTA. Which is best depends on how the chunks of all segments
+// fill the CTAs' last round, so all are tried. Lanes 0 .. 7 of a warp have those of the wide list, the next 8 those of
+// the narrow one.
+struct Candidate {
+  bool wide;
+  int ctas, tiles, target;  // of the list: CTAs, tiles of all KV heads
+};
+
+__device__ __forceinline__ Candidate candidate_of_lane(const ScheduleParams& p, const Share& share) {
+  const int lane = threadIdx.x % (2 * kCandidates);
+  Candidate c;
+  c.wide = lane < kCandidates;
+  c.ctas = max(c.wide ? share.wide_ctas : share.narrow_ctas, 1);
+  c.tiles = static_cast<int>(min(c.wide ? share.wide_tiles : share.narrow_tiles, 1u << 22)) * p.kv_heads;
+  c.target = max(2, ceil_div(c.tiles, c.ctas * (lane % kCandidates + 1)));
+  return c;
+}
+
+__device__ __forceinline__ Targets targets_of(const Candidate& c, int wide, int narrow) {
+  return {__shfl_sync(~0u, c.target, wide), __shfl_sync(~0u, c.target, kCandidates + narrow)};
+}
+
+// Adds up what the cut of every segment gives, with targets of the candidate that is this warp's.
+__device__ __forceinline__ void try_targets(const ScheduleParams& p, const Shared& s, int segments,
+                                            const Targets& target, unsigned (*trials)[2 * kCandidates]) {
+  const int warp = threadIdx.x / 32, c = warp % kCandidates;
+  unsigned sums[2][kQuantities] = {};
+#pragma unroll 1
+  for (int i = warp / kCandidates * 32 + threadIdx.x % 32; i < segments; i += kThreads / kCandidates) {
+    const Shape shape = segment_shape(p, s.shapes[i]);
+    const Cut cut = cut_segment(shape, target);
+    const unsigned items = cut.chunks * shape.row_tiles, slots = cut.chunks * shape.rows;
+    const unsigned large = 2 * cut.chunk_tiles >= target.of(shape) ? items : 0;
+#pragma unroll
+    for (int list = 0; list < 2; ++list) {
+      if (shape.wide != (list == kWide) || cut.chunks == 0) continue;
+      sums[list][kItems] += items;
+      sums[list][kLarge] += large;
+      sums[list][kSlots] += slots;
+      sums[list][kLongest] = max(sums[list][kLongest], cut.chunk_tiles);
+    }
+  }
+#pragma unroll
+  for (int list = 0; list < 2; ++list) {
+#pragma unroll
+    for (int n = 0; n < kQuantities; ++n) {
+      const unsigned x = n == kLongest ? __reduce_max_sync(~0u, sums[list][n]) : __reduce_add_sync(~0u, sums[list][n]);
+      unsigned* to = &trials[n][list * kCandidates + c];
+      if (threadIdx.x % 32 == 0) n == kLongest ? atomicMax(to, x) : atomicAdd(to, x);
+    }
+  }
+  __syncthreads();
+}
+
+// The candidates with the shortest last round, in tiles of one CTA: of the wide list and of the narrow one.
+__device__ __forceinline__ int2 best_candidates(const ScheduleParams& p, const Candidate& c,
+                                                const unsigned (*trials)[2 * kCandidates]) {
+  const int lane = threadIdx.x % (2 * kCandidates);
+  const float per_cta = __fdividef(1.f, static_cast<float>(c.ctas)), load = c.tiles * per_cta;
+  const float rounds = ceil_div(trials[kLarge][lane] * p.kv_heads, c.ctas);
+  const float items = static_cast<float>(trials[kItems][lane] * p.kv_heads) * per_cta;
+  const float cost =
+      fmaxf(rounds * trials[kLongest][lane], load) + items * (c.wide ? kWideItemTiles : kNarrowItemTiles);
+  const unsigned bits = __float_as_uint(cost);  // in the order of the costs, which are not negative
+  const unsigned wide = c.wide ? bits : ~0u, narrow = c.wide ? ~0u : bits;
+  return make_int2(__ffs(__ballot_sync(~0u, wide == __reduce_min_sync(~0u, wide))) - 1,
+                   __ffs(__ballot_sync(~0u, narrow == __reduce_min_sync(~0u, narrow))) - 1 - kCandidates);
+}
+
+__device__ __forceinline__ bool fits(const ScheduleParams& p, const unsigned (*trials)[2 * kCandidates], int wide,
+                                     int narrow) {
+  return trials[kItems][wide] + trials[kItems][kCandidates + narrow] <= p.work.entry_capacity &&
+         trials[kSlots][wide] + trials[kSlots][kCandidates + narrow] <= p.work.partial_capacity;
+}
+
+struct Choice {
+  Targets target;
+  bool fits;
+};
+
+__device__ __forceinline__ int times_two(int target, int shift) { return min(target, kUnsplit >> shift) << shift; }
+
+__device__ __forceinline__ Choice choose_targets(const ScheduleParams& p, Shared& s, const Share& share, int segments) {
+  const int c = threadIdx.x / 32 % kCandidates;
+  const Candidate candidate = candidate_of_lane(p, share);
+  Targets tried = targets_of(candidate, c, c), best{};
+#pragma unroll 1
+  for (int round = 0;; ++round) {
+    unsigned (*trials)[2 * kCandidates] = s.trials[round];
+    try_targets(p, s, segments, tried, trials);
+    if (round == 0) {
+      const int2 chosen = best_candidates(p, candidate, trials);
+      best = targets_of(candidate, chosen.x, chosen.y);
+      if (fits(p, trials, chosen.x, chosen.y)) return {best, true};
+      // Entries or partial slots would not suffice: split less, 2 .. 128 times less or not at all.
+      const int shift = c + 1 < kCandidates ? c + 1 : kUnsplitShift;
+      tried = {times_two(best.wide, shift), times_two(best.narrow, shift)};
+    } else {
+      const int lane = threadIdx.x % kCandidates;
+      const uint32_t enough = __ballot_sync(~0u, fits(p, trials, lane, lane));
+      const int first = __ffs(enough), shift = first != 0 && first < kCandidates ? first : kUnsplitShift;
+      return {{times_two(best.wide, shift), times_two(best.narrow, shift)}, enough != 0};
+    }
+  }
+}
+
+__device__ __forceinline__ void write_entry(const ScheduleParams& p, Shared& shared, int segment, int i, int at,
+                                            int piece) {
+  const Shape s = segment_shape(p, shared.shapes[segment]);
+  const int chunk_tiles = shared.cuts[segment].chunk_tiles;
+  const int chunk = floor_div(i, s.row_tiles), q_row = (i - chunk * s.row_tiles) * kWideRows;
+  const int first = chunk * chunk_tiles * p.cost.tile_tokens;
+  const int slot = s.wide ? at : p.work.entry_capacity - 1 - at;
   if (slot < 0 || slot >= p.work.entry_capacity) return;
-  int4* dst = reinterpret_cast<int4*>(p.work.items + slot);
-  dst[0] = make_int4(s.row_begin, q_row, min(kWideRows, s.rows * p.ratio - q_row), page);
-  dst[1] = make_int4(s.begin % p.layout.page_size + first, min(c.chunk_tiles * p.cost.tile_tokens, s.tokens - first),
-                     piece + chunk, 0);
+  const int4 x = make_int4(s.row_begin, q_row, min(kWideRows, s.rows * p.ratio - q_row), s.page);
+  const int4 y = make_int4(s.token + first, min(chunk_tiles * p.cost.tile_tokens, s.tokens - first), piece + chunk, 0);
+  int4* to = reinterpret_cast<int4*>(p.work.items + slot);
+  to[0] = x, to[1] = y;
+  if (at >= kMaxCtas) return;
+  to = reinterpret_cast<int4*>(&shared.first[s.wide ? kWide : kNarrow][at]);
+  to[0] = x, to[1] = y;
+}
+
+// Entries of up to 32 segments, one for each lane, by the warp together. Of a lane's segment: `count` entries that
+// begin at `at` of its list; the number of its first piece.
+__device__ __forceinline__ void write_entries(const ScheduleParams& p, Shared& shared, int segment, int count, int at,
+                                              int piece) {
+  const int lane = threadIdx.x % 32;
+  int end = count;
+#pragma unroll 1
+  for (int i = 1; i < 32; i *= 2) {
+    const int other = __shfl_up_sync(~0u, end, i);
+    if (lane >= i) end += other;
+  }
+  const int total = __shfl_sync(~0u, end, 31);
+#pragma unroll 1
+  for (int e = lane; e - lane < total; e += 32) {
+    int owner = 0;
+#pragma unroll 1
+    for (int step = 16; step > 0; step /= 2) {
+      if (__shfl_sync(~0u, end, owner + step - 1) <= e) owner += step;
+    }
+    const int of = __shfl_sync(~0u, segment, owner), i = e - __shfl_sync(~0u, end - count, owner);
+    const int first = __shfl_sync(~0u, at, owner), of_piece = __shfl_sync(~0u, piece, owner);
+    if (e < total) write_entry(p, shared, of, i, first + i, of_piece);
+  }
 }
 
 __device__ __forceinline__ int sum_fields(u64 x) {
   return static_cast<int>((x & 0xFFFF) + ((x >> 16) & 0xFFFF) + ((x >> 32) & 0xFFFF) + (x >> 48));
 }
 
-// Pieces and partial slots of every row; the pieces that a segment's rows have before it.
-__device__ __forceinline__ void number_pieces(const ScheduleParams& p, Shared& shared, const Targets& target) {
-  const LayoutView& l = p.layout;
-  const int per_thread = (l.batch + kThreads - 1) / kThreads;
-  const int from = min(static_cast<int>(threadIdx.x) * per_thread, l.batch), to = min(from + per_thread, l.batch);
-  int slots[1] = {0}, total[1];
+// The first item of every CTA, and the pages of its first tokens.
+__device__ __forceinline__ void write_starts(const ScheduleParams& p, const Shared& s, int wide_ctas, int wide_entries,
+                                             int narrow_entries) {
+  const int lane = threadIdx.x % 32;
 #pragma unroll 1
-  for (int position = from; position < to; ++position) {
-    const int row = min(max(l.row_order[position], 0), l.batch - 1);
-    const int begin = max(l.row_indptr[row], 0), end = min(l.row_indptr[row + 1], l.row_segment_capacity);
-    int pieces = 0;
-    for (int e = begin; e < end; ++e) {
-      const int segment = min(max(l.row_segments[e], 0), l.segment_capacity - 1);
-      const Shape s = segment_shape(p, shared, segment);
-      if (s.row_begin == position) first_piece(p, shared, segment) = pieces;
-      pieces += cut_segment(s, target).chunks;
+  for (int cta = threadIdx.x / 32; cta < p.ctas; cta += kWarps) {
+    const bool wide = cta < wide_ctas;
+    const int index = wide ? cta : cta - wide_ctas, entry = floor_div(index, p.kv_heads);
+    WorkItem item{};
+    if (entry < (wide ? wide_entries : narrow_entries)) {
+      item = s.first[wide ? kWide : kNarrow][entry];
+      item.kv_head = index - entry * p.kv_heads;
     }
-    slots[0] += pieces > 1 ? pieces : 0;
-    p.work.rows[position] = {row, pieces, 0, 0};
-  }
-  block_scan<kWarps>(slots, total, shared.scratch);
-  int slot = slots[0];
-#pragma unroll 1
-  for (int position = from; position < to; ++position) {
-    const int pieces = p.work.rows[position].pieces, slots_of_row = pieces > 1 ? pieces : 0;
-    p.work.rows[position].slot = slot;
-    // Too many for the partial slots, which sound tables cannot bring about: the row gets no result.
-    if (slot > p.work.partial_capacity - slots_of_row) p.work.rows[position].pieces = -1;
-    slot += slots_of_row;
+    if (lane == 0) p.work.starts[cta] = item;
+    int pages[kStartTokens / 32];
+#pragma unroll
+    for (int g = 0; g < kStartTokens / 32; ++g) {  // all loads before the first use
+      const int t = g * 32 + lane, at = item.page + page_of(p, item.token + t);
+      pages[g] = t < item.num_tokens ? p.layout.page_indices[min(at, p.layout.page_capacity - 1)] : 0;
+    }
+#pragma unroll
+    for (int g = 0; g < kStartTokens / 32; ++g) p.work.start_pages[cta * kStartTokens + g * 32 + lane] = pages[g];
   }
 }
 
 __global__ void __launch_bounds__(kThreads) schedule_kernel(const __grid_constant__ ScheduleParams p) {
   extern __shared__ __align__(16) char raw[];
-  Shared& shared = *reinterpret_cast<Shared*>(raw);
-  __shared__ Trial trials[2][kCandidates];
-  const int tid = threadIdx.x;
+  Shared& s = *reinterpret_cast<Shared*>(raw);
+  const int tid = threadIdx.x, batch = p.layout.batch;
+  for (int i = tid; i < 4 * kQuantities * kCandidates; i += kThreads) (&s.trials[0][0][0])[i] = 0;
   ptx::grid_dependency_wait();
   const int segments = min(max(p.layout.sizes[0], 0), p.layout.segment_capacity);
-  const int per_thread = (segments + kThreads - 1) / kThreads;
-  const int from = min(tid * per_thread, segments), to = min(from + per_thread, segments);
-
-  u64 tiles[3] = {0, 0, 0};  // wide, narrow, loaded
 #pragma unroll 1
-  for (int i = from; i < to; ++i) {
-    if (i < kCached) shared.shapes[i] = read_shape(p, i);
-    const Shape s = segment_shape(p, shared, i);
-    tiles[0] += s.wide ? static_cast<u64>(s.tiles) * s.row_tiles : 0;
-    tiles[1] += s.wide ? 0 : s.tiles;
-    tiles[2] += s.tiles;
+  for (int i = tid; i < batch; i += kThreads) {
+    s.begun[i] = s.ended[i] = 0;
+    s.row[i] = min(max(p.layout.row_order[i], 0), batch - 1);
   }
-  block_sum<kWarps>(tiles, shared.scratch64);
-  const int wide_ctas = choose_wide_ctas(p, tiles[0], tiles[1], tiles[2]), narrow_ctas = p.ctas - wide_ctas;
-  const float wide_load = static_cast<float>(tiles[0]) * p.kv_heads / max(wide_ctas, 1);
-  const float narrow_load = static_cast<float>(tiles[1]) * p.kv_heads / max(narrow_ctas, 1);
-  try_candidates(p, shared, wide_load, narrow_load, from, to, per_thread, trials);
-  Targets target{best_target(trials[0], wide_load, max(wide_ctas, 1), p.kv_heads, kWideItemTiles),
-                 best_target(trials[1], narrow_load, max(narrow_ctas, 1), p.kv_heads, kNarrowItemTiles)};
-
-  // Split less where entries or partial slots would not suffice.
-  int totals[2];
+  unsigned tiles[3] = {0, 0, 0};  // wide, narrow, loaded
 #pragma unroll 1
-  for (int attempt = 0; attempt < 20; ++attempt) {
-    totals[0] = totals[1] = 0;
-#pragma unroll 1
-    for (int i = from; i < to; ++i) {
-      const Shape s = segment_shape(p, shared, i);
-      const Cut c = cut_segment(s, target);
-      totals[0] += c.chunks * s.row_tiles;
-      totals[1] += c.chunks * s.rows;
-    }
-    block_sum<kWarps>(totals, shared.scratch);
-    if (totals[0] <= p.work.entry_capacity && totals[1] <= p.work.partial_capacity) break;
-    target.wide = min(2 * target.wide, 1 << 24);
-    target.narrow = min(2 * target.narrow, 1 << 24);
+  for (int i = tid; i < segments; i += kThreads) {
+    const int4 x = s.shapes[i] = read_shape(p, i);
+    const Shape shape = segment_shape(p, x);
+    tiles[0] += shape.wide ? shape.tiles * shape.row_tiles : 0;
+    tiles[1] += shape.wide ? 0 : shape.tiles;
+    tiles[2] += shape.tiles;
   }
-  number_pieces(p, shared, target);
+  sum_over_threads(tiles, s.sums);
+  const Share share = share_ctas(p, tiles[0], tiles[1], tiles[2]);
+  const Choice choice = choose_targets(p, s, share, segments);
+  const Targets& target = choice.target;
 
   // Entries of a class lie in the order of the segments, classes one behind the other.
-  u64 at[2] = {0, 0}, counts[2];  // wide, narrow
+  const int per_thread = (segments + kThreads - 1) / kThreads;
+  const int from = min(tid * per_thread, segments), to = min(from + per_thread, segments);
+  u64 at[4] = {}, counts[4];  // wide, narrow; pieces of segments, of positions: begun, ended
 #pragma unroll 1
   for (int i = from; i < to; ++i) {
-    const Shape s = segment_shape(p, shared, i);
-    const Cut c = cut_segment(s, target);
-    const u64 count = static_cast<u64>(c.chunks * s.row_tiles) << class_shift(s, c, target);
-    at[0] += s.wide ? count : 0;
-    at[1] += s.wide ? 0 : count;
+    const Shape shape = segment_shape(p, s.shapes[i]);
+    const Cut c = s.cuts[i] = cut_segment(shape, target);
+    const u64 count = static_cast<u64>(c.chunks * shape.row_tiles) << class_shift(shape, c, target);
+    at[kWide] += shape.wide ? count : 0;
+    at[kNarrow] += shape.wide ? 0 : count;
+    at[2] += c.chunks;
+    atomicAdd(&s.begun[shape.row_begin], c.chunks);
+    atomicAdd(&s.ended[shape.row_begin + shape.rows], c.chunks);
   }
-  block_scan<kWarps>(at, counts, shared.scratch64);
-  at[0] += (counts[0] << 16) + (counts[0] << 32) + (counts[0] << 48);
-  at[1] += (counts[1] << 16) + (counts[1] << 32) + (counts[1] << 48);
+  __syncthreads();
+  const int rows_per_thread = (batch + kThreads - 1) / kThreads;
+  const int first_row = min(tid * rows_per_thread, batch), end_row = min(first_row + rows_per_thread, batch);
+#pragma unroll 1
+  for (int i = first_row; i < end_row; ++i)
+    at[3] += static_cast<u64>(s.begun[i]) << 32 | static_cast<unsigned>(s.ended[i]);
+  block_scan<kWarps>(at, counts, s.scratch64);
+  at[kWide] += (counts[kWide] << 16) + (counts[kWide] << 32) + (counts[kWide] << 48);
+  at[kNarrow] += (counts[kNarrow] << 16) + (counts[kNarrow] << 32) + (counts[kNarrow] << 48);
+
+  // Rows: their pieces take the place of those begun there, the pieces ended before them that of those ended there.
+  int slots[1] = {0}, all_slots[1];
+#pragma unroll 1
+  for (int i = first_row; i < end_row; ++i) {
+    at[3] += static_cast<u64>(s.begun[i]) << 32 | static_cast<unsigned>(s.ended[i]);
+    const int ended = static_cast<int>(at[3]), pieces = static_cast<int>(at[3] >> 32) - ended;
+    s.begun[i] = pieces;
+    s.ended[i] = ended;
+    slots[0] += pieces > 1 ? pieces : 0;
+  }
+  block_scan<kWarps>(slots, all_slots, s.scratch);
+#pragma unroll 1
+  for (int i = first_row; i < end_row; ++i) {
+    const int pieces = s.begun[i], wanted = pieces > 1 ? pieces : 0;
+    // Too many for the partial slots, which sound tables cannot bring about: the row gets no result.
+    const bool sound = pieces >= 0 && slots[0] >= 0 && slots[0] <= p.work.partial_capacity - wanted;
+    reinterpret_cast<int4*>(p.work.rows)[i] = make_int4(s.row[i], sound ? pieces : -1, slots[0], 0);
+    slots[0] += wanted;
+  }
 
 #pragma unroll 1
   for (int i = 0; i < per_thread; ++i) {
     const int segment = from + i;
-    int count = 0, shift = 0;
+    int count = 0, where = 0, piece = 0;
     if (segment < to) {
-      const Shape s = segment_shape(p, shared, segment);
-      const Cut c = cut_segment(s, target);
-      count = c.chunks * s.row_tiles;
-      shift = class_shift(s, c, target);
+      const Shape shape = segment_shape(p, s.shapes[segment]);
+      const Cut c = s.cuts[segment];
+      const int shift = class_shift(shape, c, target);
+      count = c.chunks * shape.row_tiles;
+      where = static_cast<int>(((shape.wide ? at[kWide] : at[kNarrow]) >> shift) & 0xFFFF);
+      at[kWide] += shape.wide ? static_cast<u64>(count) << shift : 0;
+      at[kNarrow] += shape.wide ? 0 : static_cast<u64>(count) << shift;
+      piece = static_cast<int>(at[2]) - s.ended[shape.row_begin];
+      at[2] += c.chunks;
     }
-    const bool wide = count > 0 && segment_shape(p, shared, segment).wide;
-    const int where = static_cast<int>(((wide ? at[0] : at[1]) >> shift) & 0xFFFF);
-    at[0] += wide ? static_cast<u64>(count) << shift : 0;
-    at[1] += wide ? 0 : static_cast<u64>(count) << shift;
-    for (uint32_t many = __ballot_sync(~0u, count > 0); many != 0; many &= many - 1) {  // the warp together
-      const int src = __ffs(many) - 1;
-      const int theirs = __shfl_sync(~0u, segment, src), first = __shfl_sync(~0u, where, src),
-                entries = __shfl_sync(~0u, count, src);
-      const Shape s = segment_shape(p, shared, theirs);
-      const Cut c = cut_segment(s, target);
-      const int page = max(p.layout.page_indptr[theirs], 0), piece = first_piece(p, shared, theirs);
-      for (int e = tid % 32; e < entries; e += 32) write_entry(p, s, c, page, piece, first, e);
-    }
+    write_entries(p, s, segment, count, where, piece);
   }
-  const int entries[2] = {sum_fields(counts[0]), sum_fields(counts[1])};
+  const int wide_entries = sum_fields(counts[kWide]), narrow_entries = sum_fields(counts[kNarrow]);
   if (tid == 0) {
     ScheduleHeader& h = *p.work.header;
     h.taken[0] = h.taken[1] = 0;
-    h.entries[0] = entries[0];
-    h.entries[1] = entries[1];
-    h.wide_ctas = wide_ctas;
-    h.overflow = totals[1] > p.work.partial_capacity || totals[0] > p.work.entry_capacity;
+    h.entries[0] = wide_entries;
+    h.entries[1] = narrow_entries;
+    h.wide_ctas = share.wide_ctas;
+    h.overflow = !choice.fits;
   }
   __syncthreads();
-  __shared__ WorkItem starts[kMaxCtas];
-  if (tid < p.ctas) {
-    const bool wide = tid < wide_ctas;
-    const int index = wide ? tid : tid - wide_ctas, entry = index / p.kv_heads;
-    WorkItem item{};
-    if (entry < min(wide ? entries[0] : entries[1], p.work.entry_capacity)) {
-      item = p.work.items[wide ? entry : p.work.entry_capacity - 1 - entry];
-      item.kv_head = index - entry * p.kv_heads;
-    }
-    p.work.starts[tid] = starts[tid] = item;
-  }
-  __syncthreads();
-#pragma unroll 4
-  for (int i = tid; i < p.ctas * kStartTokens; i += kThreads) {
-    const WorkItem& item = starts[i / kStartTokens];
-    const int t = i % kStartTokens;
-    if (t < item.num_tokens)
-      p.work.start_pages[i] =
-          p.layout.page_indices[min(item.page + (item.token + t) / p.layout.page_size, p.layout.page_capacity - 1)];
-  }
+  write_starts(p, s, share.wide_ctas, wide_entries, narrow_entries);
 }
 
 }  // namespace

@@ -1,26 +1,21 @@
-// Sums over the threads of a CTA of kWarps warps, several at a time. `scratch`: [kCount][kWarps], shared.
+// Prefix sums over the threads of a CTA of kWarps warps, several at a time. `scratch`: [kCount][kWarps], shared. The
+// steps are not unrolled: code that comes cold from memory takes longer than they do.
 #pragma once
 #include <cuda_runtime.h>
 
 namespace flashcore {
 
-// The sums replace x, in every thread.
-template <int kWarps, typename T, int kCount>
-__device__ __forceinline__ void block_sum(T (&x)[kCount], T (*scratch)[kWarps]) {
-  static_assert(kWarps == 32);
-  __syncthreads();
+// Inclusive prefixes over the lanes replace x.
+template <typename T, int kCount>
+__device__ __forceinline__ void warp_scan(T (&x)[kCount]) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll 1
+  for (int i = 1; i < 32; i *= 2) {
 #pragma unroll
-  for (int n = 0; n < kCount; ++n) {
-#pragma unroll
-    for (int i = 16; i > 0; i /= 2) x[n] += __shfl_xor_sync(~0u, x[n], i);
-    if (threadIdx.x % 32 == 0) scratch[n][threadIdx.x / 32] = x[n];
-  }
-  __syncthreads();
-#pragma unroll
-  for (int n = 0; n < kCount; ++n) {
-    x[n] = scratch[n][threadIdx.x % 32];
-#pragma unroll
-    for (int i = 16; i > 0; i /= 2) x[n] += __shfl_xor_sync(~0u, x[n], i);
+    for (int n = 0; n < kCount; ++n) {
+      const T other = __shfl_up_sync(~0u, x[n], i);
+      if (lane >= i) x[n] += other;
+    }
   }
 }
 
@@ -29,29 +24,23 @@ template <int kWarps, typename T, int kCount>
 __device__ __forceinline__ void block_scan(T (&x)[kCount], T (&total)[kCount], T (*scratch)[kWarps]) {
   static_assert(kWarps == 32);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  T inclusive[kCount];
+  T inclusive[kCount], of_warps[kCount];
+#pragma unroll
+  for (int n = 0; n < kCount; ++n) inclusive[n] = x[n];
+  warp_scan(inclusive);
   __syncthreads();
 #pragma unroll
   for (int n = 0; n < kCount; ++n) {
-    inclusive[n] = x[n];
-#pragma unroll
-    for (int i = 1; i < 32; i *= 2) {
-      const T other = __shfl_up_sync(~0u, inclusive[n], i);
-      if (lane >= i) inclusive[n] += other;
-    }
     if (lane == 31) scratch[n][warp] = inclusive[n];
   }
   __syncthreads();
 #pragma unroll
-  for (int n = 0; n < kCount; ++n) {
-    T of_warps = scratch[n][lane];
+  for (int n = 0; n < kCount; ++n) of_warps[n] = scratch[n][lane];
+  warp_scan(of_warps);
 #pragma unroll
-    for (int i = 1; i < 32; i *= 2) {
-      const T other = __shfl_up_sync(~0u, of_warps, i);
-      if (lane >= i) of_warps += other;
-    }
-    const T before = __shfl_sync(~0u, of_warps, (warp + 31) % 32);
-    total[n] = __shfl_sync(~0u, of_warps, 31);
+  for (int n = 0; n < kCount; ++n) {
+    const T before = __shfl_sync(~0u, of_warps[n], (warp + 31) % 32);
+    total[n] = __shfl_sync(~0u, of_warps[n], 31);
     x[n] = (warp > 0 ? before : 0) + inclusive[n] - x[n];
   }
 }

@@ -19,6 +19,7 @@ constexpr int kClassSlots = 4 * kPagerRows;  // sparse: a row's search is short
 struct OrderShared {
   int blocks[kPagerRows], end[kPagerRows];
   int leader[kPagerRows];  // of the row's class; -1: the row is decided
+  int parted[kPagerRows];  // the leader that lcp, id and less are about; -1: none
   int from[kPagerRows], to[kPagerRows];
   int lcp[kPagerRows], id[kPagerRows], less[kPagerRows];
   int tile_begin[kPagerRows + 1];
@@ -38,6 +39,7 @@ __device__ __forceinline__ unsigned mix(unsigned x) {
 }
 
 __device__ __forceinline__ void clear_classes(OrderShared& s) {
+#pragma unroll 1
   for (int i = threadIdx.x; i < kClassSlots; i += kPagerRows) {
     s.slot_row[i] = -1;
     s.slot_best[i] = ~0u;
@@ -71,6 +73,7 @@ __device__ __forceinline__ bool split_classes(OrderShared& s, int round) {
   __syncthreads();
   active = active && s.slot_shared[slot];
   const int leader = active ? static_cast<int>(s.slot_best[slot] % kPagerRows) : -1;
+  s.parted[row] = s.leader[row];
   s.leader[row] = leader;
   s.from[row] = s.lcp[row] + 1;
   s.to[row] = active ? min(s.blocks[row], s.blocks[leader]) : 0;
@@ -139,6 +142,7 @@ __device__ __forceinline__ bool compare_tile(const int* row, const int* leader, 
 __device__ __forceinline__ void compare_tiles(const DevicePagerParams& p, const OrderShared& s, int rows, int first,
                                               int last, Mismatch* mismatch) {
   int row = -1, next = first;  // `next`: the first tile of the row after `row`
+#pragma unroll 1
   for (int tile = first; tile < last;) {
     if (tile == next) {
       row = find_interval(s.tile_begin, rows, tile);
@@ -193,7 +197,7 @@ struct RowResult {
   int lcp, id, less, end;
 };
 
-// Rows of one class that this round parts.
+// Rows of one class that a round parts.
 __device__ __forceinline__ PairResult compare_pair(const RowResult& x, const RowResult& y, bool y_first,
                                                    int page_shift) {
   bool before;
@@ -213,12 +217,14 @@ __device__ __forceinline__ RowResult result_of(const OrderShared& s, int row) {
   return {s.lcp[row], s.id[row], s.less[row], s.end[row]};
 }
 
+// Counts what the last round has parted.
 __device__ __forceinline__ void rank_rows(const DevicePagerParams& p, OrderShared& s, int rows) {
-  const int other = threadIdx.x, other_leader = s.leader[other];
+  const int other = threadIdx.x, other_leader = s.parted[other];
   if ((other & ~31) >= rows) return;
   const RowResult y = result_of(s, other);
+#pragma unroll 1
   for (int row = blockIdx.x; row < rows; row += gridDim.x) {
-    const int leader = s.leader[row];
+    const int leader = s.parted[row];
     if (leader < 0) continue;
     PairResult r{false, 0};
     if (other != row && other_leader == leader) r = compare_pair(result_of(s, row), y, other < row, p.page_shift);
@@ -246,6 +252,7 @@ __device__ __forceinline__ bool start_roots(const DevicePagerParams& p, OrderSha
   }
   const bool active = split_classes(s, -1);
   s.from[row] = root[row] >> p.page_shift;
+  s.parted[row] = -1;
   __syncthreads();
   return active;
 }
@@ -259,19 +266,23 @@ __device__ __forceinline__ Sharers order_rows(const DevicePagerParams& p, OrderS
   s.end[row] = share ? p.row_end[row] : 0;
   s.blocks[row] = (s.end[row] + mask) >> p.page_shift;
   s.rank[row] = s.common[row] = 0;
+  s.parted[row] = -1;
   const Sharers sharers = start_class(s, share);
   bool active = sharers.total > 0;
   if (root) active = start_roots(p, s, root, rows);
+#pragma unroll 1
   for (int round = 0; active; ++round) {
     compare_rows(p, s, rows, round);
     barrier.arrive();
+    // Meanwhile: the pairs of the round before.
+    rank_rows(p, s, rows);
     clear_classes(s);
     barrier.wait();
     load_results(p, s, round);
-    rank_rows(p, s, rows);
-    __syncthreads();
     active = split_classes(s, round);
   }
+  rank_rows(p, s, rows);
+  __syncthreads();
   if (share && row % gridDim.x == blockIdx.x) {
     p.sorted_rows[s.rank[row]] = row;
     p.sorted_lcp[s.rank[row]] = s.common[row];

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "common/cuda_check.h"
+#include "common/ptx.cuh"
 #include "pager/device_emit.cuh"
 #include "pager/device_forest.cuh"
 #include "pager/device_order.cuh"
@@ -18,6 +19,7 @@ constexpr size_t kBuildSharedBytes = std::max({sizeof(RangesShared), sizeof(Fore
 // resident.
 template <bool kRanged>
 __global__ void __launch_bounds__(kPagerRows, 1) build_kernel(const __grid_constant__ DevicePagerParams p) {
+  ptx::grid_dependency_launch();  // the schedule comes in as CTAs leave
   const PagerState& state = *p.state;
   const int rows = state.rows;
   // CTA 0 changes these words only where all CTAs have passed a barrier since, or writes what they are.

@@ -143,10 +143,9 @@ class Decode:
             return torch.cat([t.flatten(), torch.zeros(max(0, n - t.numel()), dtype=torch.int32)]).cuda()
 
         self.sizes = torch.tensor(sizes, dtype=torch.int32).cuda()
-        self.row_order, self.row_indptr = layout.row_order.cuda(), layout.row_indptr.cuda()
+        self.row_order = layout.row_order.cuda()
         self.segment_rows, self.segment_positions = pad(layout.segment_rows, 2), pad(layout.segment_positions, 2)
         self.page_indptr, self.page_indices = pad(layout.page_indptr, 2), pad(layout.page_indices, 1)
-        self.row_segments = pad(layout.row_segments, 1)
         self.partials = partial_capacity or gpu_decode.partial_capacity(layout.num_rows)
         size = self.library.decode_workspace_bytes(
             layout.num_rows, self.segments, heads, kv_heads, head_dim, self.partials
@@ -161,8 +160,6 @@ class Decode:
             self.segment_positions,
             self.page_indptr,
             self.page_indices,
-            self.row_indptr,
-            self.row_segments,
             self.workspace,
             self.page_size,
             self.heads,
