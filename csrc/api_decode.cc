@@ -44,12 +44,12 @@ PageDivision division_by(int64_t page_size) {
 void decode_schedule(TensorView sizes, TensorView row_order, TensorView segment_rows, TensorView segment_positions,
                      TensorView page_indptr, TensorView page_indices, TensorView workspace, int64_t page_size,
                      int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t partial_capacity, int64_t wide_ns,
-                     int64_t narrow_ns, int64_t hbm_ps) {
+                     int64_t wide_item_ns, int64_t narrow_ns, int64_t narrow_item_ns, int64_t hbm_ps) {
   const int64_t batch = row_order.numel(), segments = page_indptr.numel() - 1;
   const WorkspaceLayout w = checked_layout(batch, segments, heads, kv_heads, head_dim, partial_capacity);
   FC_CHECK(page_size > 0) << "page_size: want a positive size, got " << page_size;
-  FC_CHECK(wide_ns > 0 && narrow_ns > 0 && hbm_ps > 0)
-      << "wide_ns, narrow_ns, hbm_ps: want positive costs, got " << wide_ns << ", " << narrow_ns << ", " << hbm_ps;
+  for (const int64_t cost : {wide_ns, wide_item_ns, narrow_ns, narrow_item_ns, hbm_ps})
+    FC_CHECK(cost > 0 && cost < (1 << 24)) << "costs: want positive ones below 2^24, got " << cost;
   ScheduleParams p{};
   p.work = checked_workspace(workspace, w);
   p.layout = {int_array("sizes", sizes, workspace, 4),
@@ -66,8 +66,8 @@ void decode_schedule(TensorView sizes, TensorView row_order, TensorView segment_
               0,
               static_cast<int>(page_size)};
   p.by_page = division_by(page_size);
-  p.cost = {static_cast<int>(wide_ns), static_cast<int>(narrow_ns), static_cast<int>(hbm_ps),
-            head_dim == 256 ? 64 : 128};
+  p.cost = {static_cast<int>(wide_ns),        static_cast<int>(wide_item_ns), static_cast<int>(narrow_ns),
+            static_cast<int>(narrow_item_ns), static_cast<int>(hbm_ps),       head_dim == 256 ? 64 : 128};
   p.kv_heads = kv_heads;
   p.ratio = heads / kv_heads;
   p.ctas = std::min(multiprocessors(workspace), kMaxCtas);

@@ -61,7 +61,7 @@ def cost_model(device: str) -> CostModel:
 
 
 @functools.cache
-def schedule_costs(device: str) -> tuple[int, int, int]:
-    """(wide_ns, narrow_ns, hbm_ps) of configs/schedule.json for ``"hopper"``: the last arguments of decode_schedule."""
+def schedule_costs(device: str) -> tuple[int, ...]:
+    """What tiles and items take, of configs/schedule.json for ``"hopper"``: the last arguments of decode_schedule."""
     costs = _constants("schedule", device)
-    return costs["wide_ns"], costs["narrow_ns"], costs["hbm_ps"]
+    return tuple(costs[x] for x in ("wide_ns", "wide_item_ns", "narrow_ns", "narrow_item_ns", "hbm_ps"))

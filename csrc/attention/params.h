@@ -130,17 +130,17 @@ inline Workspace bind_workspace(const WorkspaceLayout& w, void* base) {
           w.partial_capacity};
 }
 
-// Nanoseconds per tile of `tile_tokens` x 128 q_rows (see configs/); only their ratios matter.
-struct TileCosts {
-  int wide_ns, narrow_ns,
-      hbm_ps;  // one CTA computing a wide tile; a narrow tile; the whole card loading a tile (picoseconds)
+// What a CTA takes for a tile of `tile_tokens` of an item of each kind, and for the item beside its tiles; what the
+// card takes to load a tile. See configs/schedule.json.
+struct ScheduleCosts {
+  int wide_ns, wide_item_ns, narrow_ns, narrow_item_ns, hbm_ps;
   int tile_tokens;
 };
 
 struct ScheduleParams {
   LayoutView layout;
   Workspace work;
-  TileCosts cost;
+  ScheduleCosts cost;
   PageDivision by_page;
   int kv_heads, ratio, ctas;
 };

@@ -7,8 +7,8 @@
 // time.
 //
 // How the card is shared: with W = time of the wide items on one CTA, N = time of the narrow ones when bandwidth is no
-// limit, M = time the card needs to load all tokens once, the step takes about T = max(M, (W + N) / CTAs), and W / T
-// CTAs start on the wide list.
+// limit, M = time the card needs to load all tokens once, the step takes about T = max(M, (W + N) / CTAs). Chunks of
+// the wide items and CTAs for them are chosen so that whole rounds of them take no longer (schedule_choice.cuh).
 //
 // Pieces and partial slots: see RowInfo. Segments are sorted by (first row, first position), parents before children.
 // So the pieces that the rows of a segment have before it are those of all segments before it, less those of segments
@@ -20,6 +20,7 @@
 // integer sums, so the list is the same in every run.
 #include "attention/launch.h"
 #include "attention/params.h"
+#include "attention/schedule_choice.cuh"
 #include "common/block_scan.cuh"
 #include "common/ptx.cuh"
 
@@ -27,12 +28,8 @@ namespace flashcore {
 namespace {
 
 constexpr int kThreads = 1024, kWarps = kThreads / 32;
-constexpr int kCandidates = 8;                                    // of a list
 constexpr int kUnsplitShift = 24, kUnsplit = 1 << kUnsplitShift;  // tiles: more than a segment has
 using u64 = unsigned long long;
-
-enum List { kWide, kNarrow };
-enum Quantity { kItems, kLarge, kSlots, kLongest, kQuantities };  // of a trial; per KV head
 
 struct Shape {                               // of a segment
   int row_begin, rows, token, tokens, page;  // token: where it begins in its first page
@@ -55,8 +52,8 @@ struct Shared {
   int row[kMaxBatch];
   int begun[kMaxBatch], ended[kMaxBatch + 1];  // pieces of the segments whose rows begin, end there
   WorkItem first[2][kMaxCtas];                 // items of each list
-  unsigned trials[2][kQuantities][2 * kCandidates];
-  unsigned sums[3][kWarps];
+  Trials trials[2];
+  unsigned sums[6][kWarps];
   u64 scratch64[4][kWarps];
   int scratch[1][kWarps];
 };
@@ -111,65 +108,57 @@ __device__ __forceinline__ int class_shift(const Shape& s, const Cut& c, const T
   return 16 * ((tiles < 4 * want) + (tiles < 2 * want) + (tiles < want));
 }
 
-// What an item costs beside its tiles, in tiles: start, epilogue, merge of its partial result. Measured: a wide
-// item 6.5 us + 1.65 us a tile.
-constexpr float kWideItemTiles = 3.f, kNarrowItemTiles = 1.f;
-
-// Sums over the CTA, in every thread. One barrier.
-__device__ __forceinline__ void sum_over_threads(unsigned (&x)[3], unsigned (*sums)[kWarps]) {
+// Over the CTA, in every thread: sums of the first kSums, maxima of the rest. One barrier.
+template <int kSums, int kCount>
+__device__ __forceinline__ void reduce_over_threads(unsigned (&x)[kCount], unsigned (*scratch)[kWarps]) {
+  auto reduce = [](int n, unsigned y) { return n < kSums ? __reduce_add_sync(~0u, y) : __reduce_max_sync(~0u, y); };
 #pragma unroll
-  for (int n = 0; n < 3; ++n) {
-    const unsigned of_warp = __reduce_add_sync(~0u, x[n]);
-    if (threadIdx.x % 32 == 0) sums[n][threadIdx.x / 32] = of_warp;
+  for (int n = 0; n < kCount; ++n) {
+    const unsigned of_warp = reduce(n, x[n]);
+    if (threadIdx.x % 32 == 0) scratch[n][threadIdx.x / 32] = of_warp;
   }
   __syncthreads();
 #pragma unroll
-  for (int n = 0; n < 3; ++n) x[n] = __reduce_add_sync(~0u, sums[n][threadIdx.x % 32]);
+  for (int n = 0; n < kCount; ++n) x[n] = reduce(n, scratch[n][threadIdx.x % 32]);
 }
 
-// How the card is shared between the lists.
-struct Share {
-  unsigned wide_tiles, narrow_tiles;
-  int wide_ctas, narrow_ctas;  // that start on them
+// Of all segments: tiles of the lists (wide ones in kWideCost), what the memory and the CTAs take for them.
+struct Total {
+  unsigned narrow_tiles;
+  Bounds bounds;
+  Targets longest;
 };
 
-__device__ __forceinline__ Share share_ctas(const ScheduleParams& p, unsigned wide_tiles, unsigned narrow_tiles,
-                                            unsigned loaded_tiles) {
-  const float wide = static_cast<float>(wide_tiles) * p.kv_heads * p.cost.wide_ns,
-              narrow = static_cast<float>(narrow_tiles) * p.kv_heads * p.cost.narrow_ns;
-  const float memory = static_cast<float>(loaded_tiles) * p.kv_heads * p.cost.hbm_ps * 1e-3f;
-  const float step = fmaxf(memory, __fdividef(wide + narrow, static_cast<float>(p.ctas)));
-  int ctas = min(max(static_cast<int>(__fdividef(wide, step) + 0.5f), 1), p.ctas - 1);
-  if (wide_tiles == 0) ctas = 0;
-  if (wide_tiles > 0 && narrow_tiles == 0) ctas = p.ctas;
-  return {wide_tiles, narrow_tiles, ctas, p.ctas - ctas};
+__device__ __forceinline__ Total total_of(const ScheduleParams& p, Shared& s, int segments) {
+  unsigned x[6] = {};  // wide tiles, narrow tiles, tokens, narrow segments; longest wide one, longest narrow one
+#pragma unroll 1
+  for (int i = threadIdx.x; i < segments; i += kThreads) {
+    const int4 packed = s.shapes[i] = read_shape(p, i);
+    const Shape shape = segment_shape(p, packed);
+    x[0] += shape.wide ? shape.tiles * shape.row_tiles * wide_cost(shape.row_tiles) : 0;
+    x[1] += shape.wide ? 0 : shape.tiles;
+    x[2] += shape.tokens;
+    x[3] += shape.wide || shape.tiles == 0 ? 0 : 1;
+    x[4] = max(x[4], shape.wide ? shape.tiles : 0);
+    x[5] = max(x[5], shape.wide ? 0 : shape.tiles);
+  }
+  reduce_over_threads<4>(x, s.sums);
+  const float heads = p.kv_heads;
+  const Bounds bounds{
+      heads * x[0] * p.cost.wide_ns / kWideCost,
+      heads * (static_cast<float>(x[1]) * p.cost.narrow_ns + static_cast<float>(x[3]) * p.cost.narrow_item_ns),
+      heads * x[2] * p.cost.hbm_ps * __fdividef(1e-3f, p.cost.tile_tokens), static_cast<float>(p.ctas)};
+  return {x[1], bounds, {static_cast<int>(x[4]), static_cast<int>(x[5])}};
 }
 
-// Chunk targets to choose from: 1 .. kCandidates items per CTA. Which is best depends on how the chunks of all segments
-// fill the CTAs' last round, so all are tried. Lanes 0 .. 7 of a warp have those of the wide list, the next 8 those of
-// the narrow one.
-struct Candidate {
-  bool wide;
-  int ctas, tiles, target;  // of the list: CTAs, tiles of all KV heads
-};
-
-__device__ __forceinline__ Candidate candidate_of_lane(const ScheduleParams& p, const Share& share) {
-  const int lane = threadIdx.x % (2 * kCandidates);
-  Candidate c;
-  c.wide = lane < kCandidates;
-  c.ctas = max(c.wide ? share.wide_ctas : share.narrow_ctas, 1);
-  c.tiles = static_cast<int>(min(c.wide ? share.wide_tiles : share.narrow_tiles, 1u << 22)) * p.kv_heads;
-  c.target = max(2, ceil_div(c.tiles, c.ctas * (lane % kCandidates + 1)));
-  return c;
-}
-
-__device__ __forceinline__ Targets targets_of(const Candidate& c, int wide, int narrow) {
-  return {__shfl_sync(~0u, c.target, wide), __shfl_sync(~0u, c.target, kCandidates + narrow)};
+// `candidates`: of the lanes.
+__device__ __forceinline__ Targets targets_of(int candidates, int wide, int narrow) {
+  return {__shfl_sync(~0u, candidates, wide), __shfl_sync(~0u, candidates, kCandidates + narrow)};
 }
 
 // Adds up what the cut of every segment gives, with targets of the candidate that is this warp's.
 __device__ __forceinline__ void try_targets(const ScheduleParams& p, const Shared& s, int segments,
-                                            const Targets& target, unsigned (*trials)[2 * kCandidates]) {
+                                            const Targets& target, const Targets& longest, Trials& trials) {
   const int warp = threadIdx.x / 32, c = warp % kCandidates;
   unsigned sums[2][kQuantities] = {};
 #pragma unroll 1
@@ -177,14 +166,16 @@ __device__ __forceinline__ void try_targets(const ScheduleParams& p, const Share
     const Shape shape = segment_shape(p, s.shapes[i]);
     const Cut cut = cut_segment(shape, target);
     const unsigned items = cut.chunks * shape.row_tiles, slots = cut.chunks * shape.rows;
-    const unsigned large = 2 * cut.chunk_tiles >= target.of(shape) ? items : 0;
+    const unsigned large = 2 * cut.chunk_tiles >= min(target.of(shape), longest.of(shape)) ? items : 0;
 #pragma unroll
     for (int list = 0; list < 2; ++list) {
       if (shape.wide != (list == kWide) || cut.chunks == 0) continue;
       sums[list][kItems] += items;
       sums[list][kLarge] += large;
       sums[list][kSlots] += slots;
-      sums[list][kLongest] = max(sums[list][kLongest], cut.chunk_tiles);
+      sums[list][kItemCost] += cut.chunks * narrow_item_cost(shape.rows * p.ratio);
+      sums[list][kLongest] =
+          max(sums[list][kLongest], cut.chunk_tiles * (list == kWide ? wide_cost(shape.row_tiles) : 1));
     }
   }
 #pragma unroll
@@ -199,46 +190,35 @@ __device__ __forceinline__ void try_targets(const ScheduleParams& p, const Share
   __syncthreads();
 }
 
-// The candidates with the shortest last round, in tiles of one CTA: of the wide list and of the narrow one.
-__device__ __forceinline__ int2 best_candidates(const ScheduleParams& p, const Candidate& c,
-                                                const unsigned (*trials)[2 * kCandidates]) {
-  const int lane = threadIdx.x % (2 * kCandidates);
-  const float per_cta = __fdividef(1.f, static_cast<float>(c.ctas)), load = c.tiles * per_cta;
-  const float rounds = ceil_div(trials[kLarge][lane] * p.kv_heads, c.ctas);
-  const float items = static_cast<float>(trials[kItems][lane] * p.kv_heads) * per_cta;
-  const float cost =
-      fmaxf(rounds * trials[kLongest][lane], load) + items * (c.wide ? kWideItemTiles : kNarrowItemTiles);
-  const unsigned bits = __float_as_uint(cost);  // in the order of the costs, which are not negative
-  const unsigned wide = c.wide ? bits : ~0u, narrow = c.wide ? ~0u : bits;
-  return make_int2(__ffs(__ballot_sync(~0u, wide == __reduce_min_sync(~0u, wide))) - 1,
-                   __ffs(__ballot_sync(~0u, narrow == __reduce_min_sync(~0u, narrow))) - 1 - kCandidates);
-}
-
-__device__ __forceinline__ bool fits(const ScheduleParams& p, const unsigned (*trials)[2 * kCandidates], int wide,
-                                     int narrow) {
+__device__ __forceinline__ bool fits(const ScheduleParams& p, const Trials& trials, int wide, int narrow) {
   return trials[kItems][wide] + trials[kItems][kCandidates + narrow] <= p.work.entry_capacity &&
          trials[kSlots][wide] + trials[kSlots][kCandidates + narrow] <= p.work.partial_capacity;
 }
 
 struct Choice {
   Targets target;
+  int wide_ctas;
   bool fits;
 };
 
 __device__ __forceinline__ int times_two(int target, int shift) { return min(target, kUnsplit >> shift) << shift; }
 
-__device__ __forceinline__ Choice choose_targets(const ScheduleParams& p, Shared& s, const Share& share, int segments) {
-  const int c = threadIdx.x / 32 % kCandidates;
-  const Candidate candidate = candidate_of_lane(p, share);
-  Targets tried = targets_of(candidate, c, c), best{};
+__device__ __forceinline__ Choice choose(const ScheduleParams& p, Shared& s, const Total& total, int segments) {
+  const int c = threadIdx.x / 32 % kCandidates, candidates = candidate_of_lane(p, total.bounds.step());
+  Targets tried = targets_of(candidates, c, c), best{};
+  int wide_ctas = 0;
 #pragma unroll 1
   for (int round = 0;; ++round) {
-    unsigned (*trials)[2 * kCandidates] = s.trials[round];
-    try_targets(p, s, segments, tried, trials);
+    Trials& trials = s.trials[round];
+    try_targets(p, s, segments, tried, total.longest, trials);
     if (round == 0) {
-      const int2 chosen = best_candidates(p, candidate, trials);
-      best = targets_of(candidate, chosen.x, chosen.y);
-      if (fits(p, trials, chosen.x, chosen.y)) return {best, true};
+      const WideChoice wide = choose_wide(p, trials, total.bounds);
+      wide_ctas = total.bounds.wide > 0.f ? wide.ctas : 0;
+      const float ctas = max(p.ctas - wide_ctas, 1);
+      const int narrow =
+          choose_narrow(p, trials, __fdividef(static_cast<float>(total.narrow_tiles) * p.kv_heads, ctas), ctas);
+      best = targets_of(candidates, wide.candidate, narrow);
+      if (fits(p, trials, wide.candidate, narrow)) return {best, wide_ctas, true};
       // Entries or partial slots would not suffice: split less, 2 .. 128 times less or not at all.
       const int shift = c + 1 < kCandidates ? c + 1 : kUnsplitShift;
       tried = {times_two(best.wide, shift), times_two(best.narrow, shift)};
@@ -246,7 +226,7 @@ __device__ __forceinline__ Choice choose_targets(const ScheduleParams& p, Shared
       const int lane = threadIdx.x % kCandidates;
       const uint32_t enough = __ballot_sync(~0u, fits(p, trials, lane, lane));
       const int first = __ffs(enough), shift = first != 0 && first < kCandidates ? first : kUnsplitShift;
-      return {{times_two(best.wide, shift), times_two(best.narrow, shift)}, enough != 0};
+      return {{times_two(best.wide, shift), times_two(best.narrow, shift)}, wide_ctas, enough != 0};
     }
   }
 }
@@ -334,18 +314,8 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(const __grid_constan
     s.begun[i] = s.ended[i] = 0;
     s.row[i] = min(max(p.layout.row_order[i], 0), batch - 1);
   }
-  unsigned tiles[3] = {0, 0, 0};  // wide, narrow, loaded
-#pragma unroll 1
-  for (int i = tid; i < segments; i += kThreads) {
-    const int4 x = s.shapes[i] = read_shape(p, i);
-    const Shape shape = segment_shape(p, x);
-    tiles[0] += shape.wide ? shape.tiles * shape.row_tiles : 0;
-    tiles[1] += shape.wide ? 0 : shape.tiles;
-    tiles[2] += shape.tiles;
-  }
-  sum_over_threads(tiles, s.sums);
-  const Share share = share_ctas(p, tiles[0], tiles[1], tiles[2]);
-  const Choice choice = choose_targets(p, s, share, segments);
+  const Total total = total_of(p, s, segments);
+  const Choice choice = choose(p, s, total, segments);
   const Targets& target = choice.target;
 
   // Entries of a class lie in the order of the segments, classes one behind the other.
@@ -416,11 +386,11 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(const __grid_constan
     h.taken[0] = h.taken[1] = 0;
     h.entries[0] = wide_entries;
     h.entries[1] = narrow_entries;
-    h.wide_ctas = share.wide_ctas;
+    h.wide_ctas = choice.wide_ctas;
     h.overflow = !choice.fits;
   }
   __syncthreads();
-  write_starts(p, s, share.wide_ctas, wide_entries, narrow_entries);
+  write_starts(p, s, choice.wide_ctas, wide_entries, narrow_entries);
 }
 
 }  // namespace
