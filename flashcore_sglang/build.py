@@ -109,7 +109,10 @@ def _units(kind: str) -> list[Path]:
 
 
 def _flags(kind: str) -> list[str]:
-    return [*CXX_FLAGS, *_cpu_arch()] if kind == "cpu" else list(NVCC_FLAGS)
+    if kind == "cpu":
+        return [*CXX_FLAGS, *_cpu_arch()]
+    # A build of its own for compute-sanitizer's racecheck (scripts/sanitize.sh): see csrc/common/ptx.cuh.
+    return [*NVCC_FLAGS, *(["-DFLASHCORE_RACECHECK"] if os.environ.get("FLASHCORE_RACECHECK") == "1" else [])]
 
 
 def _compile_command(kind: str) -> list[str]:

@@ -119,8 +119,7 @@ __device__ __forceinline__ void attend(const DecodeParams& p, SharedStorage<C>& 
   ptx::mbarrier_wait(ptx::smem_address(&s.q_full[warpgroup_id()]), q_phase_of(item, warpgroup_id()));
   if constexpr (C::kQInRegisters) {
     load_q_fragments<C>(q, q_smem, ptx::thread_id() / 32 % 4, ptx::thread_id() % 32);
-    __syncwarp();
-    if (ptx::thread_id() % 32 == 0) ptx::mbarrier_arrive(ptx::smem_address(&s.q_empty[warpgroup_id()]));
+    ptx::mbarrier_warp_arrive(ptx::smem_address(&s.q_empty[warpgroup_id()]), ptx::thread_id() % 32);
   }
 
   Accumulators<C> acc;
@@ -173,8 +172,7 @@ __device__ __forceinline__ void attend(const DecodeParams& p, SharedStorage<C>& 
   ptx::wgmma_touch(acc.o);
   release(ptx::smem_address(&s.v_empty[value().slot()]), item);
   if constexpr (!C::kQInRegisters) {
-    __syncwarp();
-    if (ptx::thread_id() % 32 == 0) ptx::mbarrier_arrive(ptx::smem_address(&s.q_empty[warpgroup_id()]));
+    ptx::mbarrier_warp_arrive(ptx::smem_address(&s.q_empty[warpgroup_id()]), ptx::thread_id() % 32);
   }
   const int warp = ptx::thread_id() / 32 % 4, lane = ptx::thread_id() % 32;
   store_rows<C>(p, s, item, acc, warpgroup_id(), warp, lane);

@@ -40,12 +40,12 @@ __device__ __forceinline__ void init_barriers(SharedStorage<C>& s) {
   init(s.v_full, C::kVBuffers, 33);
   init(s.k_empty, C::kKBuffers, 2);
   init(s.v_empty, C::kVBuffers, 2);
-  init(s.q_full, 2, 33);
-  init(s.q_empty, 2, 4);
+  init(s.q_full, 2, 32 + ptx::kWarpArrivals);
+  init(s.q_empty, 2, 4 * ptx::kWarpArrivals);
   init(s.item_full, C::kRing, 1);
   init(s.item_begun, C::kRing, 1);
   init(s.item_started, C::kRing, 2);
-  init(s.item_empty, C::kRing, kItemReaders);
+  init(s.item_empty, C::kRing, kItemReaders * ptx::kWarpArrivals);
   ptx::fence_mbarrier_init();
 }
 

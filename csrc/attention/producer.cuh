@@ -251,8 +251,7 @@ __device__ __forceinline__ void load_q_half(const DecodeParams& p, SharedStorage
       ptx::cp_async_16(base + tile_offset<C>(row, chunk), static_cast<const typename C::T*>(p.q) + at + chunk * 8, 16);
   }
   ptx::cp_async_mbarrier_arrive(full);
-  __syncwarp();
-  if (lane == 0) ptx::mbarrier_arrive(full);  // for the destinations: an ordinary store needs an ordinary arrival
+  ptx::mbarrier_warp_arrive(full, lane);  // for the destinations: an ordinary store needs an ordinary arrival
 }
 
 // q of all items.

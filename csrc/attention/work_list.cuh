@@ -31,8 +31,7 @@ __device__ __forceinline__ bool item_ready(SharedStorage<C>& s, const Ring<C::kR
 
 template <class C>
 __device__ __forceinline__ void finish_item(SharedStorage<C>& s, Ring<C::kRing>& ring, int lane) {
-  __syncwarp();
-  if (lane == 0) ptx::mbarrier_arrive(ptx::smem_address(&s.item_empty[ring.slot()]));
+  ptx::mbarrier_warp_arrive(ptx::smem_address(&s.item_empty[ring.slot()]), lane);
   ring.advance();
 }
 

@@ -34,6 +34,18 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t bar, uint32_t count = 1
                "r"(count)
                : "memory");
 }
+// One arrival for a warp, ordered behind what all of its lanes did before; `lane`: the caller's. compute-sanitizer's
+// racecheck does not follow accesses through __syncwarp to another lane's arrival. In the build for it
+// (FLASHCORE_RACECHECK) every lane arrives; a barrier counts kWarpArrivals for a warp.
+#ifdef FLASHCORE_RACECHECK
+constexpr int kWarpArrivals = 32;
+#else
+constexpr int kWarpArrivals = 1;
+#endif
+__device__ __forceinline__ void mbarrier_warp_arrive(uint32_t bar, int lane) {
+  __syncwarp();
+  if (kWarpArrivals == 32 || lane == 0) mbarrier_arrive(bar);
+}
 // Arrives when the thread's earlier cp.async have landed; the arrival is one of the barrier's count.
 __device__ __forceinline__ void cp_async_mbarrier_arrive(uint32_t bar) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
@@ -90,12 +102,22 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t smem) {
 }
 
 // ---- shared memory among the threads of a CTA ----
+// racecheck takes release stores and acquire loads for plain ones; the build for it uses atomics.
 __device__ __forceinline__ void store_release(uint32_t smem, int value) {
+#ifdef FLASHCORE_RACECHECK
+  asm volatile("{\n.reg .b32 old;\natom.release.cta.shared::cta.exch.b32 old, [%0], %1;\n}" ::"r"(smem), "r"(value)
+               : "memory");
+#else
   asm volatile("st.release.cta.shared::cta.b32 [%0], %1;" ::"r"(smem), "r"(value) : "memory");
+#endif
 }
 __device__ __forceinline__ int load_acquire(uint32_t smem) {
   int value;
+#ifdef FLASHCORE_RACECHECK
+  asm volatile("atom.acquire.cta.shared::cta.add.s32 %0, [%1], 0;" : "=r"(value) : "r"(smem) : "memory");
+#else
   asm volatile("ld.acquire.cta.shared::cta.b32 %0, [%1];" : "=r"(value) : "r"(smem) : "memory");
+#endif
   return value;
 }
 
