@@ -97,8 +97,9 @@ __device__ __forceinline__ Shape segment_shape(const ScheduleParams& p, const in
 }
 
 __device__ __forceinline__ Cut cut_segment(const Shape& s, const Targets& target) {
-  if (s.tiles == 0) return {0, 1};
-  const int chunk_tiles = ceil_div(s.tiles, ceil_div(s.tiles, target.of(s)));
+  const int want = target.of(s);
+  if (s.tiles <= want) return {s.tiles > 0, max(s.tiles, 1)};
+  const int chunk_tiles = ceil_div(s.tiles, ceil_div(s.tiles, want));
   return {ceil_div(s.tiles, chunk_tiles), chunk_tiles};
 }
 
@@ -277,12 +278,15 @@ __device__ __forceinline__ int sum_fields(u64 x) {
   return static_cast<int>((x & 0xFFFF) + ((x >> 16) & 0xFFFF) + ((x >> 32) & 0xFFFF) + (x >> 48));
 }
 
-// The first item of every CTA, and the pages of its first tokens.
+// The first item of every CTA, and the pages of its first tokens. A warp's CTAs are neighbours: most differ by the KV
+// head alone.
 __device__ __forceinline__ void write_starts(const ScheduleParams& p, const Shared& s, int wide_ctas, int wide_entries,
                                              int narrow_entries) {
-  const int lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % 32, per_warp = (p.ctas + kWarps - 1) / kWarps;
+  const int begin = threadIdx.x / 32 * per_warp, end = min(begin + per_warp, p.ctas);
+  int pages[kStartTokens / 32] = {};
 #pragma unroll 1
-  for (int cta = threadIdx.x / 32; cta < p.ctas; cta += kWarps) {
+  for (int cta = begin; cta < end; ++cta) {
     const bool wide = cta < wide_ctas;
     const int index = wide ? cta : cta - wide_ctas, entry = floor_div(index, p.kv_heads);
     WorkItem item{};
@@ -291,11 +295,12 @@ __device__ __forceinline__ void write_starts(const ScheduleParams& p, const Shar
       item.kv_head = index - entry * p.kv_heads;
     }
     if (lane == 0) p.work.starts[cta] = item;
-    int pages[kStartTokens / 32];
+    if (cta == begin || item.kv_head == 0) {
 #pragma unroll
-    for (int g = 0; g < kStartTokens / 32; ++g) {  // all loads before the first use
-      const int t = g * 32 + lane, at = item.page + page_of(p, item.token + t);
-      pages[g] = t < item.num_tokens ? p.layout.page_indices[min(at, p.layout.page_capacity - 1)] : 0;
+      for (int g = 0; g < kStartTokens / 32; ++g) {  // all loads before the first use
+        const int t = g * 32 + lane, at = item.page + page_of(p, item.token + t);
+        pages[g] = t < item.num_tokens ? p.layout.page_indices[min(at, p.layout.page_capacity - 1)] : 0;
+      }
     }
 #pragma unroll
     for (int g = 0; g < kStartTokens / 32; ++g) p.work.start_pages[cta * kStartTokens + g * 32 + lane] = pages[g];

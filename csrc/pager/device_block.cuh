@@ -36,7 +36,7 @@ __device__ __forceinline__ bool any_of_first(int threads, bool x) {
 
 __device__ __forceinline__ int warp_scan(int value) {  // inclusive
   const int lane = threadIdx.x & 31;
-#pragma unroll 1
+#pragma unroll
   for (int d = 1; d < 32; d *= 2) {
     const int below = __shfl_up_sync(kAllLanes, value, d);
     if (lane >= d) value += below;
@@ -61,7 +61,6 @@ __device__ __forceinline__ int block_scan(int value, int threads, int* scratch, 
 // The i in [0, n) with begins[i] <= x < begins[i + 1]; begins ascends and ends above x.
 __device__ __forceinline__ int find_interval(const int* begins, int n, int x) {
   int low = 0, high = n;  // begins[low] <= x < begins[high]
-#pragma unroll 1
   while (high - low > 1) {
     const int middle = (low + high) >> 1;
     if (begins[middle] <= x) {

@@ -41,7 +41,6 @@ struct ForestShared {
 // reach past the last boundary are 0.
 __device__ __forceinline__ int extent_right(const ForestShared& s, int at, int depth, int levels) {
   int q = at;
-#pragma unroll 1
   for (int j = levels - 1; j >= 0; --j) {
     if (s.minimum[j][q] >= depth) q += 1 << j;
   }
@@ -55,7 +54,6 @@ struct Extent {
 // The boundaries around `at` whose LCPs are at least `depth` > 0, which is that of `at`.
 __device__ __forceinline__ Extent extent_around(const ForestShared& s, int at, int depth, int levels) {
   int begin = at, end = at + 1;
-#pragma unroll 1
   for (int j = levels - 1; j >= 0; --j) {
     const int step = 1 << j;
     if (begin >= step && s.minimum[j][begin - step] >= depth) begin -= step;
@@ -101,7 +99,6 @@ __device__ __forceinline__ void build_tree(ForestShared& s, int rows, int thread
   const int k = threadIdx.x, levels = 32 - __clz(rows - 1);
   const int depth = s.minimum[0][k];
   int minimum = depth;
-#pragma unroll 1
   for (int j = 1; j < levels; ++j) {
     const int half = 1 << (j - 1);
     minimum = k + half < threads ? min(minimum, s.minimum[j - 1][k + half]) : 0;
@@ -169,7 +166,6 @@ __device__ __forceinline__ void bound_entries(const DevicePagerParams& p, Forest
 }
 
 __device__ __forceinline__ int nearest_kept(const ForestShared& s, int node) {
-#pragma unroll 1
   while (node >= 0 && !s.kept[node]) node = s.parent[node];
   return node;
 }
@@ -205,7 +201,6 @@ __device__ __forceinline__ int write_segments(const DevicePagerParams& p, Forest
   const bool has_own = k < rows && own_begin < s.end[k];
   sync_first(threads);
   int entries = has_own, outermost = around;
-#pragma unroll 1
   for (int g = around; g >= 0; g = s.above[g]) ++entries, outermost = g;
   const bool has_head = kRanged && outermost >= 0 && s.begin[k] < s.latest[outermost];
   entries += has_head;
@@ -237,7 +232,6 @@ __device__ __forceinline__ int write_segments(const DevicePagerParams& p, Forest
   sync_first(threads);
   if (s.kept[k]) {
     int segment = s.first_segment[s.row_begin[k]];
-#pragma unroll 1
     for (int g = s.above[k]; g >= 0 && s.row_begin[g] == s.row_begin[k]; g = s.above[g]) ++segment;
     write_segment(p, s, segment, s.row_begin[k], s.row_end[k], group_begin<kRanged>(s, k), s.minimum[0][k]);
     s.segment[k] = segment;
@@ -246,7 +240,6 @@ __device__ __forceinline__ int write_segments(const DevicePagerParams& p, Forest
   if (k < rows) {
     int* out = p.row_segments + s.first_entry[s.order[k]] + entries;
     if (has_own) *--out = own;
-#pragma unroll 1
     for (int g = around; g >= 0; g = s.above[g]) *--out = s.segment[g];
     if (has_head) *--out = head;
   }
@@ -314,7 +307,6 @@ __device__ __forceinline__ void build_forest(const DevicePagerParams& p, ForestS
 
 __device__ __forceinline__ void append_rows(const DevicePagerParams& p, ForestShared& s, int rows, int threads) {
   const int row = threadIdx.x, num_segments = p.sizes[0];
-#pragma unroll 1
   for (int segment = row; segment < num_segments; segment += threads) {
     const int2 at = reinterpret_cast<const int2*>(p.segment_positions)[segment];
     s.pages[segment] = count_pages(at.x, at.y, p.page_shift);

@@ -39,7 +39,6 @@ __device__ __forceinline__ unsigned mix(unsigned x) {
 }
 
 __device__ __forceinline__ void clear_classes(OrderShared& s) {
-#pragma unroll 1
   for (int i = threadIdx.x; i < kClassSlots; i += kPagerRows) {
     s.slot_row[i] = -1;
     s.slot_best[i] = ~0u;
@@ -142,7 +141,6 @@ __device__ __forceinline__ bool compare_tile(const int* row, const int* leader, 
 __device__ __forceinline__ void compare_tiles(const DevicePagerParams& p, const OrderShared& s, int rows, int first,
                                               int last, Mismatch* mismatch) {
   int row = -1, next = first;  // `next`: the first tile of the row after `row`
-#pragma unroll 1
   for (int tile = first; tile < last;) {
     if (tile == next) {
       row = find_interval(s.tile_begin, rows, tile);
@@ -222,7 +220,6 @@ __device__ __forceinline__ void rank_rows(const DevicePagerParams& p, OrderShare
   const int other = threadIdx.x, other_leader = s.parted[other];
   if ((other & ~31) >= rows) return;
   const RowResult y = result_of(s, other);
-#pragma unroll 1
   for (int row = blockIdx.x; row < rows; row += gridDim.x) {
     const int leader = s.parted[row];
     if (leader < 0) continue;
