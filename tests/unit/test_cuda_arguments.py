@@ -17,9 +17,8 @@ except RuntimeError as error:
 Q, KV = torch.zeros(2, 32, 128, dtype=torch.bfloat16), torch.zeros(64, 8, 128, dtype=torch.bfloat16)
 INTS, BYTES = torch.zeros(64, dtype=torch.int32), torch.zeros(1 << 20, dtype=torch.uint8)
 DECODE = {
-    "q": Q, "k_cache": KV, "v_cache": KV, "page_indices": INTS, "row_indptr": INTS, "row_segments": INTS,
-    "workspace": BYTES, "out": Q.clone(), "segment_capacity": 4, "partial_capacity": 16, "page_size": 1, "scale": 0.1,
-    "logit_cap": 0.0, "sinks": None,
+    "q": Q, "k_cache": KV, "v_cache": KV, "page_indices": INTS, "workspace": BYTES, "out": Q.clone(),
+    "segment_capacity": 4, "partial_capacity": 16, "page_size": 1, "scale": 0.1, "logit_cap": 0.0, "sinks": None,
 }  # fmt: skip
 EXTEND = {
     "q": Q, "k_cache": KV, "v_cache": KV, "table": INTS, "workspace": BYTES, "out": Q.clone(), "page_size": 1,
