@@ -379,15 +379,17 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage<C>& s) {
       reset<C>(acc);
     }
     mask_and_cap<C>(p, s.items[item % kItems], s.tiles[tile], flags, scores, rows);
-    softmax_rows<C, kTile>(p, scores, acc, alpha);
+    const bool grew = softmax_rows<C, kTile>(p, scores, acc, alpha);
     const Ring<C::kBuffers> v_ring = ahead.v;
     ahead.look(s, ring, tile);
     if (!first) {
       ptx::wgmma_wait<0>();
       ptx::wgmma_touch(acc.o);
       release<C>(s, v_ring, signals);
+      if (grew) {
 #pragma unroll
-      for (int i = 0; i < C::kHeadDim / 2; ++i) acc.o[i] *= alpha[(i >> 1) & 1];
+        for (int i = 0; i < C::kHeadDim / 2; ++i) acc.o[i] *= alpha[(i >> 1) & 1];
+      }
     }
     decode::round_probs<C, kTile>(probs, scores);
   }

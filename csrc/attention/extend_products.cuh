@@ -43,11 +43,16 @@ __device__ __forceinline__ void issue_pv(float (&o)[C::kHeadDim / 2], const uint
   ptx::wgmma_commit();
 }
 
-// Scores, of which some or all may be -inf, to probabilities in place; returns in `alpha` what the two rows' old sums
-// and outputs are to be multiplied with.
+// A row's scores may exceed the maximum that its sums and outputs are relative to by this power of two before they are
+// brought to the new one. P up to 2^8 loses nothing in floating point, and most tiles need no multiplication of O.
+constexpr float kSlackLog2 = 8.f;
+
+// Scores, of which some or all may be -inf, to probabilities in place; in `alpha` what the two rows' old sums and
+// outputs are to be multiplied with. Returns whether that is anything but 1 in any row of the warp.
 template <class C, int kTile, class Params>
-__device__ __forceinline__ void softmax_rows(const Params& p, float (&scores)[kTile / 2], Accumulators<C>& acc,
+__device__ __forceinline__ bool softmax_rows(const Params& p, float (&scores)[kTile / 2], Accumulators<C>& acc,
                                              float (&alpha)[2]) {
+  bool grew[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float part[4] = {acc.max[r], -INFINITY, -INFINITY, -INFINITY};  // four chains: one alone waits for itself
@@ -57,12 +62,14 @@ __device__ __forceinline__ void softmax_rows(const Params& p, float (&scores)[kT
     float best = fmaxf(fmaxf(part[0], part[1]), fmaxf(part[2], part[3]));
     best = fmaxf(best, __shfl_xor_sync(~0u, best, 1));
     best = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
-    const float base = best == -INFINITY ? 0.f : best;  // prevents (-inf) - (-inf)
-    alpha[r] = ptx::exp2_approx((acc.max[r] - base) * p.scale_log2);
-    acc.max[r] = best;
+    grew[r] = (best - acc.max[r]) * p.scale_log2 > kSlackLog2;  // not if both are -inf
+    alpha[r] = grew[r] ? ptx::exp2_approx((acc.max[r] - best) * p.scale_log2) : 1.f;
+    acc.max[r] = grew[r] ? best : acc.max[r];
+    const float base = acc.max[r] == -INFINITY ? 0.f : acc.max[r];  // prevents (-inf) - (-inf)
     const float sum = decode::exponentiate_row<kTile>(p, scores, r, base * p.scale_log2);
     acc.sum[r] = acc.sum[r] * alpha[r] + sum;
   }
+  return __any_sync(~0u, grew[0] || grew[1]);
 }
 
 }  // namespace flashcore::extend
