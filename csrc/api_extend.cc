@@ -89,6 +89,7 @@ void extend_schedule(TensorView sizes, TensorView row_order, TensorView segment_
   p.kv_heads = kv_heads;
   p.ratio = heads / kv_heads;
   p.ctas = multiprocessors(workspace);
+  p.tile_rows = tile_rows(head_dim);
   p.tile_tokens = tile_tokens(head_dim);
   p.head_dim = head_dim;
   launch_schedule(p, current_stream(workspace));

@@ -1,4 +1,4 @@
-// Extend attention: one persistent launch per layer; for every tile of 128 q_rows and its KV tiles
+// Extend attention: one persistent launch per layer; for every tile of q_rows and its KV tiles
 //
 //   S = q k^T * scale (capped, masked), P = exp2(S - max S), O = P v / sum P
 //
@@ -8,13 +8,14 @@
 // that the others' q_rows are masked from. So no result is ever in parts, except where a tile is cut into chunks
 // because there are too few of them; the last chunk to finish then merges all, in their order.
 //
-// Grid: one CTA per SM, 384 threads.
+// Grid: one CTA per SM, 384 threads; d 64: 512.
 //   warp 0           planner: takes items, turns page ids into slots two tiles ahead of the loaders
 //   warps 1-3        loaders: q, K, V. 128 consecutive slots are one TMA box, 8 consecutive ones a small box, others
 //                    come by cp.async
 //   warps 4-7, 8-11  two consumer warpgroups (232 registers), 64 q_rows each; q in registers (d 256: shared memory).
 //                    The softmax of a tile runs while the tensor cores do P V of the tile before and the other
-//                    warpgroup's products
+//                    warpgroup's products. d 64 has as much softmax for half the products: a third warpgroup there (160
+//                    registers), so that the schedulers have more to choose from
 //
 // Shared memory, D 128: 6 buffers of 128 tokens x 256 B (K, V, K, V, ...) + q 32 KiB + 2.3 KiB = 226.3 KiB. The layout
 // of a tile is decode's (tiles.cuh).
@@ -27,7 +28,7 @@
 namespace flashcore::extend {
 
 template <class C>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(C::kThreads, 1)
     extend_kernel(const __grid_constant__ Params p, const __grid_constant__ TensorMaps maps) {
   extern __shared__ __align__(1024) char raw[];
   auto& s = *reinterpret_cast<SharedStorage<C>*>(raw);
@@ -35,10 +36,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < C::kBuffers; ++i) {
       ptx::mbarrier_init(ptx::smem_address(&s.full[i]), kFullArrivals);
-      ptx::mbarrier_init(ptx::smem_address(&s.empty[i]), 2);
+      ptx::mbarrier_init(ptx::smem_address(&s.empty[i]), C::kWarpgroups);
     }
     ptx::mbarrier_init(ptx::smem_address(&s.q_full), kQArrivals);
-    ptx::mbarrier_init(ptx::smem_address(&s.q_empty), 8);
+    ptx::mbarrier_init(ptx::smem_address(&s.q_empty), 4 * C::kWarpgroups);
     for (int i = 0; i < kPlanned; ++i) {
       ptx::mbarrier_init(ptx::smem_address(&s.planned[i]), 1);
       ptx::mbarrier_init(ptx::smem_address(&s.loaded[i]), kLoaders);
@@ -54,14 +55,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   ptx::grid_dependency_launch();
   if (warp < 4) {
-    ptx::setmaxnreg_dec<kProducerRegisters>();
+    ptx::setmaxnreg_dec<C::kProducerRegisters>();
     if (warp == 0) {
       plan<C>(p, s, static_cast<int>(threadIdx.x % 32));
     } else {
       load<C>(p, maps, s, warp - 1, static_cast<int>(threadIdx.x % 32));
     }
   } else {
-    ptx::setmaxnreg_inc<kConsumerRegisters>();
+    ptx::setmaxnreg_inc<C::kConsumerRegisters>();
     consume<C>(p, s);
   }
 }
@@ -81,7 +82,7 @@ void launch_kernel(const Params& p, int ctas, cudaStream_t stream) {
   }
   auto* kernel = extend_kernel<C>;
   FC_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes));
-  launch_dependent(kernel, dim3(ctas), dim3(kThreads), kSmemBytes, stream, p, maps);
+  launch_dependent(kernel, dim3(ctas), dim3(C::kThreads), kSmemBytes, stream, p, maps);
 }
 
 template <typename T, int kHeadDim>

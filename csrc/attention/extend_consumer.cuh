@@ -8,7 +8,7 @@ __device__ __forceinline__ int warpgroup_id() { return ptx::thread_id() / 128 - 
 // The first of the thread's two rows of its item's tile; the other one is 8 below.
 __device__ __forceinline__ int first_row() {
   const int thread = ptx::thread_id();
-  return thread / 32 % 4 * 16 + thread % 32 / 4 + (thread / 128 - 1) * (kRows / 2);
+  return thread / 32 % 4 * 16 + thread % 32 / 4 + (thread / 128 - 1) * 64;
 }
 
 template <class C>
@@ -135,7 +135,7 @@ __device__ __forceinline__ void store_partial(const Params& p, const Item& item,
   for (int r = 0; r < 2; ++r) {
     const bool empty = acc.max[r] == -INFINITY;
     const float inverse = empty ? 0.f : 1.f / acc.sum[r];
-    const int64_t at = static_cast<int64_t>(slot) * kRows + first_row() + 8 * r;
+    const int64_t at = static_cast<int64_t>(slot) * C::kRows + first_row() + 8 * r;
     float* out = p.work.partial_out + at * C::kHeadDim + column;
 #pragma unroll
     for (int j = 0; j < C::kHeadDim / 8; ++j)
@@ -155,30 +155,31 @@ __device__ __forceinline__ void sync_warpgroup() {
 template <class C>
 __device__ __forceinline__ void merge_chunks(const Params& p, SharedStorage<C>& s, const Item& item) {
   using T = typename C::T;
-  const int chunks = item.chunk >> 16, half = warpgroup_id();
+  const int chunks = item.chunk >> 16, part = warpgroup_id();
   __threadfence();
   sync_warpgroup();
   if (ptx::thread_id() % 128 == 0) {
-    int* counter = p.work.counters + 2 * item.partial + half;
+    int* counter = p.work.counters + kMaxWarpgroups * item.partial + part;
     const bool last = atomicAdd(counter, 1) == chunks - 1;
     if (last) *counter = 0;
-    s.last_arriver[half] = last;
+    s.last_arriver[part] = last;
     __threadfence();
   }
   sync_warpgroup();
-  const bool last = s.last_arriver[half];
+  const bool last = s.last_arriver[part];
   sync_warpgroup();  // before the next item's
   if (!last) return;
   constexpr int kPer = C::kHeadDim / 32;
   const int lane = ptx::thread_id() % 32, warp = ptx::thread_id() / 32 % 4;
 #pragma unroll 1
-  for (int i = warp; i < kRows / 2; i += 4) {
-    const int row = half * (kRows / 2) + i;
+  for (int i = warp; i < 64; i += 4) {
+    const int row = part * 64 + i;
     const Token* token = token_of(p, item, row);
     if (token == nullptr) break;
-    const int64_t at = static_cast<int64_t>(item.partial) * kRows + row;
+    const int64_t at = static_cast<int64_t>(item.partial) * C::kRows + row;
     float best = -INFINITY;
-    for (int c = lane; c < chunks; c += 32) best = fmaxf(best, __ldcg(p.work.partial_lse2 + at + int64_t{c} * kRows));
+    for (int c = lane; c < chunks; c += 32)
+      best = fmaxf(best, __ldcg(p.work.partial_lse2 + at + int64_t{c} * C::kRows));
 #pragma unroll
     for (int d = 16; d > 0; d /= 2) best = fmaxf(best, __shfl_xor_sync(~0u, best, d));
     const int head = item.kv_head * p.ratio + (item.q_row + row) % p.ratio;
@@ -186,7 +187,7 @@ __device__ __forceinline__ void merge_chunks(const Params& p, SharedStorage<C>& 
     if (best > -INFINITY) {
 #pragma unroll 2
       for (int c = 0; c < chunks; ++c) {
-        const int64_t from = at + int64_t{c} * kRows;
+        const int64_t from = at + int64_t{c} * C::kRows;
         const float w = ptx::exp2_approx(__ldcg(p.work.partial_lse2 + from) - best);
         total += w;
 #pragma unroll

@@ -13,9 +13,14 @@
 
 namespace flashcore::extend {
 
-constexpr int kRows = 128;       // q_rows of a tile
 constexpr int kMaxBatch = 1024;  // a thread of the schedule per row
 constexpr int kMaxChunks = 1024;
+constexpr int kMaxWarpgroups = 3;
+
+// q_rows of a tile, 64 for each consumer warpgroup: d 64 has registers for three, whose softmax hides one another's.
+constexpr int tile_rows(int64_t head_dim) { return head_dim == 64 ? 192 : 128; }
+// KV tokens of a tile.
+constexpr int tile_tokens(int64_t head_dim) { return head_dim == 256 ? 64 : head_dim == 128 ? 128 : 96; }
 
 // Consecutive positions that q_rows of one tile read, through `entry` of the page table. 32 bytes.
 struct Piece {
@@ -29,7 +34,7 @@ struct Piece {
 
 // One tile of q_rows for one KV head, or a chunk of its KV tiles. 64 bytes.
 struct alignas(16) Item {
-  int q_row, q_rows;  // first, 1 .. kRows
+  int q_row, q_rows;  // first, 1 .. tile_rows
   int kv_head;
   int first_tile, num_tiles;  // of the KV tiles of all pieces
   int partial;                // slot of the tile's first chunk; -1: one chunk, which goes to out
@@ -59,15 +64,15 @@ struct WorkspaceLayout {
   int tile_capacity, item_capacity, piece_capacity, partial_capacity;
 };
 
-// `max_tokens`: query tokens. `partial_capacity`: chunks of split tiles, each kRows x D fp32.
+// `max_tokens`: query tokens. `partial_capacity`: chunks of split tiles, each tile_rows x D fp32.
 inline WorkspaceLayout workspace_layout(int64_t max_rows, int64_t max_tokens, int heads, int kv_heads, int head_dim,
                                         int partial_capacity) {
   WorkspaceLayout w{};
   const int64_t ratio = heads / kv_heads;
-  const int64_t tiles = (max_tokens * ratio + kRows - 1) / kRows + max_rows;
+  const int64_t rows = tile_rows(head_dim), tiles = (max_tokens * ratio + rows - 1) / rows + max_rows;
   w.tile_capacity = static_cast<int>(tiles);
   w.item_capacity = static_cast<int>(tiles * kv_heads + partial_capacity);
-  w.piece_capacity = static_cast<int>(4 * max_rows + 4 * (max_tokens * ratio / kRows));
+  w.piece_capacity = static_cast<int>(4 * max_rows + 4 * (max_tokens * ratio / rows));
   w.partial_capacity = partial_capacity;
   size_t at = 0;
   auto take = [&](size_t bytes) {
@@ -80,22 +85,22 @@ inline WorkspaceLayout workspace_layout(int64_t max_rows, int64_t max_tokens, in
   w.tiles = take(sizeof(Item) * w.tile_capacity);
   w.items = take(sizeof(Item) * w.item_capacity);
   w.pieces = take(sizeof(Piece) * w.piece_capacity);
-  w.counters = take(sizeof(int) * 2 * partial_capacity);
-  w.partial_lse2 = take(sizeof(float) * kRows * partial_capacity);
-  w.partial_out = take(sizeof(float) * kRows * head_dim * partial_capacity);
+  w.counters = take(sizeof(int) * kMaxWarpgroups * partial_capacity);
+  w.partial_lse2 = take(sizeof(float) * rows * partial_capacity);
+  w.partial_out = take(sizeof(float) * rows * head_dim * partial_capacity);
   w.bytes = at;
   return w;
 }
 
 struct Workspace {
   Header* header;
-  Token* tokens;        // [max_tokens] in packed order
-  Item* tiles;          // [tile_capacity] scratch of the schedule
-  Item* items;          // [item_capacity] in the order in which they are to start
-  Piece* pieces;        // [piece_capacity]
-  int* counters;        // [partial, 2] chunks of a tile that are done, by warpgroup; at the tile's first chunk
-  float* partial_lse2;  // [partial, kRows]
-  float* partial_out;   // [partial, kRows, D]
+  Token* tokens;  // [max_tokens] in packed order
+  Item* tiles;    // [tile_capacity] scratch of the schedule
+  Item* items;    // [item_capacity] in the order in which they are to start
+  Piece* pieces;  // [piece_capacity]
+  int* counters;  // [partial, kMaxWarpgroups] chunks of a tile that are done, by warpgroup; at the tile's first chunk
+  float* partial_lse2;  // [partial, tile_rows]
+  float* partial_out;   // [partial, tile_rows, D]
   int tile_capacity, item_capacity, piece_capacity, partial_capacity;
 };
 
@@ -131,7 +136,7 @@ struct ScheduleParams {
   int table_stride;  // entries of a row of the page table
   Visible visible;
   int window_left;  // positions seen before the query's own; -1: all. Causal only
-  int kv_heads, ratio, ctas, tile_tokens, head_dim;
+  int kv_heads, ratio, ctas, tile_rows, tile_tokens, head_dim;
 };
 
 // Strides in elements.
@@ -157,8 +162,5 @@ void launch_schedule(const ScheduleParams&, cudaStream_t);
 // One instantiation per file: extend_<dtype>_d<D>.cu
 template <typename T, int kHeadDim>
 void launch(const Params&, int ctas, cudaStream_t);
-
-// KV tokens of a tile, for the schedule.
-constexpr int tile_tokens(int64_t head_dim) { return head_dim == 256 ? 64 : 128; }
 
 }  // namespace flashcore::extend

@@ -170,7 +170,8 @@ __device__ __forceinline__ int make_bundles(const ScheduleParams& p, Shared& s, 
   if (k == kThreads - 1) s.kv_begin[kThreads] = kv_begin + own;
 
   if (k < batch) {
-    atomicAdd(&s.lone_cost[leader], ceil_div(q_len_of(s, k) * ratio, kRows) * ceil_div(s.seq_len[k], p.tile_tokens));
+    atomicAdd(&s.lone_cost[leader],
+              ceil_div(q_len_of(s, k) * ratio, p.tile_rows) * ceil_div(s.seq_len[k], p.tile_tokens));
   }
   const int segments = min(max(l.sizes[0], 0), l.segment_capacity);
   for (int i = k; i < segments; i += kThreads) {
@@ -179,7 +180,7 @@ __device__ __forceinline__ int make_bundles(const ScheduleParams& p, Shared& s, 
     const int from = (s.q_begin[seg.first] - base) * ratio, to = (s.q_begin[seg.end] - base) * ratio;
     if (from < to)
       atomicAdd(&s.packed_cost[g],
-                (ceil_div(to, kRows) - from / kRows) * ceil_div(seg.end_token - seg.begin, p.tile_tokens));
+                (ceil_div(to, p.tile_rows) - from / p.tile_rows) * ceil_div(seg.end_token - seg.begin, p.tile_tokens));
   }
   __syncthreads();
   const bool packed = pack && p.window_left < 0 && leader < end - 1 && s.packed_cost[leader] < s.lone_cost[leader];
@@ -188,7 +189,7 @@ __device__ __forceinline__ int make_bundles(const ScheduleParams& p, Shared& s, 
   s.leader[k] = leader;
   s.bundle_end[k] = min(end, batch);
   const int q_rows = k < batch && leader == k ? (s.q_begin[min(end, batch)] - s.q_begin[k]) * ratio : 0;
-  const int tiles = block_scan<kWarps>(ceil_div(q_rows, kRows), s.scratch, total);
+  const int tiles = block_scan<kWarps>(ceil_div(q_rows, p.tile_rows), s.scratch, total);
   s.tile_begin[k] = tiles;
   if (k == kThreads - 1) s.tile_begin[kThreads] = total;
   __syncthreads();
@@ -204,8 +205,8 @@ __device__ __forceinline__ TileRange tile_range(const ScheduleParams& p, const S
   const int batch = p.layout.batch;
   const int leader = last_at_most(s.tile_begin, batch - 1, tile);
   TileRange r;
-  r.q_row = s.q_begin[leader] * p.ratio + (tile - s.tile_begin[leader]) * kRows;
-  r.q_rows = min(kRows, s.q_begin[s.bundle_end[leader]] * p.ratio - r.q_row);
+  r.q_row = s.q_begin[leader] * p.ratio + (tile - s.tile_begin[leader]) * p.tile_rows;
+  r.q_rows = min(p.tile_rows, s.q_begin[s.bundle_end[leader]] * p.ratio - r.q_row);
   r.first = last_at_most(s.q_begin, batch - 1, r.q_row / p.ratio);
   r.last = last_at_most(s.q_begin, batch - 1, (r.q_row + r.q_rows - 1) / p.ratio);
   return r;
@@ -416,7 +417,7 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(const __grid_constan
     item.kv_head = head;
     if (chunks > 1) {
       item.partial = atomicAdd(&s.partials, chunks);
-      p.work.counters[2 * item.partial] = p.work.counters[2 * item.partial + 1] = 0;
+      for (int w = 0; w < kMaxWarpgroups; ++w) p.work.counters[kMaxWarpgroups * item.partial + w] = 0;
     }
     const int all = item.num_tiles;
     for (int c = 0; c < chunks; ++c) {

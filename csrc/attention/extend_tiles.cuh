@@ -15,8 +15,15 @@ struct Traits {
   using T = Element;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kGeneral = kGeneral_;
+  static constexpr int kRows = tile_rows(kHeadDim), kWarpgroups = kRows / 64;  // consumers
+  static constexpr int kThreads = 128 + 128 * kWarpgroups;
+  static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : 40;
+  static constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : 232;
+  // setmaxnreg moves registers inside what the CTA was launched with; asking for more waits forever.
+  static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
+  static_assert(128 * kProducerRegisters + 128 * kWarpgroups * kConsumerRegisters <= kLaunchRegisters * kThreads);
   static constexpr int kTile = tile_tokens(kHeadDim);  // tokens of a buffer
-  static constexpr int kBuffers = kHeadDim == 256 ? 5 : kHeadDim == 128 ? 6 : 12;
+  static constexpr int kBuffers = kHeadDim == 256 ? 5 : kHeadDim == 128 ? 6 : 16;
   static constexpr bool kQInRegisters = kHeadDim <= 128;  // d 256 has no registers left for it
   static constexpr int kRowBytes = kHeadDim * 2;
   static constexpr int kGroupBytes = 8 * kRowBytes;  // 8 tokens (or q_rows)
@@ -24,10 +31,6 @@ struct Traits {
   static constexpr int kChunks = kRowBytes / 16;  // 16-byte chunks of a row
 };
 
-constexpr int kThreads = 384;
-constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
-// setmaxnreg moves registers inside what the CTA was launched with (168 x 384); asking for more waits forever.
-static_assert(128 * kProducerRegisters + 256 * kConsumerRegisters <= 168 * kThreads);
 constexpr int kLoaders = 3;  // warps
 
 // What the loaders and the consumers are told of a KV tile. Both lie in rings of shared memory.
@@ -57,12 +60,12 @@ template <class C>
 struct SharedStorage {
   static_assert(kPlanned + C::kBuffers / 2 + 2 < kTiles);
   alignas(1024) char buffers[C::kBuffers][C::kBufferBytes];
-  alignas(1024) char q[2][kRows / 2 * C::kRowBytes];
+  alignas(1024) char q[C::kWarpgroups][64 * C::kRowBytes];
   uint32_t slots[kPlanned][C::kTile];  // of tokens in boxes; of others where they lie in the pool, in 16 bytes
   Item items[kItems];
   Load loads[kPlanned];
   Tile tiles[kTiles];
-  int total, last_arriver[2];
+  int total, last_arriver[C::kWarpgroups];
   alignas(8) uint64_t full[C::kBuffers], empty[C::kBuffers], q_full, q_empty, planned[kPlanned], loaded[kPlanned];
 };
 

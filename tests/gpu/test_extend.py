@@ -118,6 +118,7 @@ def test_a_prefix_shared_on_two_levels_is_exact():
 def test_few_queries_on_a_long_prefix_are_cut_into_chunks_and_exact(cached, new):
     attend(batch([(0, [(cached, new)])]), sinks=True)
     attend(batch([(0, [(cached, new)])]), heads=2, kv_heads=1, head_dim=64)
+    attend(batch([(0, [(cached, new)])]), head_dim=256, dtype=FP16)
 
 
 def test_a_cached_prefix_and_decodes_in_one_batch_are_exact():
