@@ -2,10 +2,10 @@
 //
 //   S = q k^T * scale (capped, masked), P = exp2(S - max S), O = P v / sum P
 //
-// A tile belongs to one KV head: the R query heads of that head and 128 / R tokens share its K and V. Its KV tiles come
-// in pieces. A row of many queries has one piece, its positions up to the last query's. Rows of few queries that share
-// a prefix lie in one tile together: the prefix is a piece that all q_rows read, and each row's own tokens are a piece
-// that the others' q_rows are masked from. So no result is ever in parts, except where a tile is cut into chunks
+// A tile belongs to one KV head: the R query heads of that head and rows / R tokens share its K and V. Its KV tiles
+// come in pieces. A row of many queries has one piece, its positions up to the last query's. Rows of few queries that
+// share a prefix lie in one tile together: the prefix is a piece that all q_rows read, and each row's own tokens are a
+// piece that the others' q_rows are masked from. So no result is ever in parts, except where a tile is cut into chunks
 // because there are too few of them; the last chunk to finish then merges all, in their order.
 //
 // Grid: one CTA per SM, 384 threads; d 64: 512.
