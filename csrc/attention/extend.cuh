@@ -36,13 +36,13 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < C::kBuffers; ++i) {
       ptx::mbarrier_init(ptx::smem_address(&s.full[i]), kFullArrivals);
-      ptx::mbarrier_init(ptx::smem_address(&s.empty[i]), C::kWarpgroups);
+      ptx::mbarrier_init(ptx::smem_address(&s.empty[i]), C::kWarpgroups * ptx::kWarpgroupArrivals);
     }
     ptx::mbarrier_init(ptx::smem_address(&s.q_full), kQArrivals);
-    ptx::mbarrier_init(ptx::smem_address(&s.q_empty), 4 * C::kWarpgroups);
+    ptx::mbarrier_init(ptx::smem_address(&s.q_empty), 4 * C::kWarpgroups * ptx::kWarpArrivals);
     for (int i = 0; i < kPlanned; ++i) {
-      ptx::mbarrier_init(ptx::smem_address(&s.planned[i]), 1);
-      ptx::mbarrier_init(ptx::smem_address(&s.loaded[i]), kLoaders);
+      ptx::mbarrier_init(ptx::smem_address(&s.planned[i]), ptx::kWarpArrivals);
+      ptx::mbarrier_init(ptx::smem_address(&s.loaded[i]), kLoaders * ptx::kWarpArrivals);
     }
     ptx::fence_mbarrier_init();
     for (int i = 0; i < 2; ++i) {

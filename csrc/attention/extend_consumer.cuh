@@ -264,8 +264,7 @@ __device__ __forceinline__ void take_q(SharedStorage<C>& s, uint32_t (&q)[C::kQI
   if constexpr (C::kQInRegisters) {
     decode::load_q_fragments<C>(q, ptx::smem_address(s.q[warpgroup_id()]), ptx::thread_id() / 32 % 4,
                                 ptx::thread_id() % 32);
-    __syncwarp();
-    if (ptx::thread_id() % 32 == 0) ptx::mbarrier_arrive(ptx::smem_address(&s.q_empty));
+    ptx::mbarrier_warp_arrive(ptx::smem_address(&s.q_empty), ptx::thread_id() % 32);
   } else {
     ptx::fence_proxy_async();
   }
@@ -275,8 +274,7 @@ __device__ __forceinline__ void take_q(SharedStorage<C>& s, uint32_t (&q)[C::kQI
 template <class C>
 __device__ __forceinline__ void leave_q(SharedStorage<C>& s, uint32_t flags) {
   if constexpr (!C::kQInRegisters) {
-    __syncwarp();
-    if ((flags & kLast) && ptx::thread_id() % 32 == 0) ptx::mbarrier_arrive(ptx::smem_address(&s.q_empty));
+    if (flags & kLast) ptx::mbarrier_warp_arrive(ptx::smem_address(&s.q_empty), ptx::thread_id() % 32);
   }
 }
 
@@ -302,7 +300,8 @@ struct Ahead {
     tile = (current + 1) % kTiles;
     const bool v_ready = test_full<C>(s, v), k_ready = test_full<C>(s, k);
     ready = v_ready && k_ready;
-    flags = s.tiles[tile].bits >> kFlagShift;
+    // Read before it is known to be there, and then not used: a race that racecheck must not see.
+    if (!ptx::kForRacecheck || ready) flags = s.tiles[tile].bits >> kFlagShift;
   }
   __device__ __forceinline__ void wait(SharedStorage<C>& s) {
     if (ready) return;
@@ -317,7 +316,7 @@ struct Ahead {
 template <class C>
 __device__ __forceinline__ void consume(const Params& p, SharedStorage<C>& s) {
   constexpr int kTile = C::kTile;
-  const bool signals = ptx::thread_id() % 128 == 0;
+  const bool signals = ptx::kForRacecheck || ptx::thread_id() % 128 == 0;
   Ring<C::kBuffers> ring;
   int tile = 0, item = 0;
   wait_full<C>(s, ring);

@@ -115,8 +115,7 @@ __device__ __forceinline__ void load(const Params& p, const TensorMaps& maps, Sh
       }
       ring.advance();
     }
-    __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(ptx::smem_address(&s.loaded[planned.slot()]));
+    ptx::mbarrier_warp_arrive(ptx::smem_address(&s.loaded[planned.slot()]), lane);
     planned.advance();
   }
 }

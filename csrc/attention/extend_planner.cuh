@@ -68,8 +68,7 @@ __device__ __forceinline__ void plan_tile(const Params& p, SharedStorage<C>& s, 
     s.tiles[tile] = {piece.begin + token,
                      valid | (piece.rows & 0xFF) << 8 | ((piece.rows >> 16) & 0xFF) << 16 | flags << kFlagShift};
   }
-  __syncwarp();
-  if (lane == 0) ptx::mbarrier_arrive(ptx::smem_address(&s.planned[ring.slot()]));
+  ptx::mbarrier_warp_arrive(ptx::smem_address(&s.planned[ring.slot()]), lane);
   ring.advance();
   tile = (tile + 1) % kTiles;
 }
@@ -80,8 +79,8 @@ __device__ __forceinline__ void plan_end(SharedStorage<C>& s, const Ring<kPlanne
   if (lane == 0) {
     s.loads[ring.slot()].item = static_cast<int>(kEnd << kFlagShift);
     s.tiles[tile].bits = kEnd << kFlagShift;
-    ptx::mbarrier_arrive(ptx::smem_address(&s.planned[ring.slot()]));
   }
+  ptx::mbarrier_warp_arrive(ptx::smem_address(&s.planned[ring.slot()]), lane);
 }
 
 // Eight words, one per lane from `at` on, to all lanes.

@@ -36,15 +36,16 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t bar, uint32_t count = 1
 }
 // One arrival for a warp, ordered behind what all of its lanes did before; `lane`: the caller's. compute-sanitizer's
 // racecheck does not follow accesses through __syncwarp to another lane's arrival. In the build for it
-// (FLASHCORE_RACECHECK) every lane arrives; a barrier counts kWarpArrivals for a warp.
+// (FLASHCORE_RACECHECK) every lane arrives; a barrier counts kWarpArrivals for a warp, kWarpgroupArrivals for four.
 #ifdef FLASHCORE_RACECHECK
-constexpr int kWarpArrivals = 32;
+constexpr bool kForRacecheck = true;
 #else
-constexpr int kWarpArrivals = 1;
+constexpr bool kForRacecheck = false;
 #endif
+constexpr int kWarpArrivals = kForRacecheck ? 32 : 1, kWarpgroupArrivals = kForRacecheck ? 128 : 1;
 __device__ __forceinline__ void mbarrier_warp_arrive(uint32_t bar, int lane) {
   __syncwarp();
-  if (kWarpArrivals == 32 || lane == 0) mbarrier_arrive(bar);
+  if (kForRacecheck || lane == 0) mbarrier_arrive(bar);
 }
 // Arrives when the thread's earlier cp.async have landed; the arrival is one of the barrier's count.
 __device__ __forceinline__ void cp_async_mbarrier_arrive(uint32_t bar) {
