@@ -53,7 +53,8 @@ void extend_schedule(TensorView sizes, TensorView row_order, TensorView segment_
                      TensorView segment_entries, TensorView row_indptr, TensorView row_segments, TensorView seq_lens,
                      TensorView q_lens, TensorView workspace, int64_t num_tokens, int64_t table_stride,
                      int64_t page_size, int64_t max_rows, int64_t max_tokens, int64_t heads, int64_t kv_heads,
-                     int64_t head_dim, int64_t partial_capacity, int64_t visible, int64_t window_left) {
+                     int64_t head_dim, int64_t partial_capacity, int64_t visible, int64_t window_left, TensorView table,
+                     int64_t gather_slots, int64_t gather_rows_scattered, int64_t gather_rows_boxed) {
   const WorkspaceLayout w = checked_layout(max_rows, max_tokens, heads, kv_heads, head_dim, partial_capacity);
   const int64_t batch = row_order.numel(), segments = segment_entries.numel() - 1;
   FC_CHECK(batch >= 1 && batch <= max_rows) << "row_order: want 1 .. " << max_rows << " rows, got " << batch;
@@ -92,6 +93,13 @@ void extend_schedule(TensorView sizes, TensorView row_order, TensorView segment_
   p.tile_rows = tile_rows(head_dim);
   p.tile_tokens = tile_tokens(head_dim);
   p.head_dim = head_dim;
+  FC_CHECK(gather_slots >= 0 && gather_slots < (int64_t{1} << 30))
+      << "gather_slots: want 0 .. 2^30, got " << gather_slots;
+  p.table = int_array("table", table, workspace, 2);
+  p.table_entries = table.numel();
+  p.gather_slots = gather_slots;
+  p.gather_rows_scattered = std::clamp(gather_rows_scattered, int64_t{1}, int64_t{1} << 30);
+  p.gather_rows_boxed = std::clamp(gather_rows_boxed, int64_t{1}, int64_t{1} << 30);
   launch_schedule(p, current_stream(workspace));
 }
 
@@ -105,7 +113,7 @@ void launch_dim(const Params& p, int64_t head_dim, int ctas, cudaStream_t stream
 void extend(TensorView q, TensorView k_cache, TensorView v_cache, TensorView table, TensorView workspace,
             TensorView out, int64_t page_size, int64_t max_rows, int64_t max_tokens, int64_t partial_capacity,
             int64_t windowed, double scale, double logit_cap, Optional<TensorView> sinks,
-            Optional<TensorView> custom_mask) {
+            Optional<TensorView> custom_mask, Optional<TensorView> gathered) {
   check_qkv(q, k_cache, v_cache, out, workspace);
   const int64_t heads = q.size(1), head_dim = q.size(2), kv_heads = k_cache.size(1);
   const WorkspaceLayout w = checked_layout(max_rows, max_tokens, heads, kv_heads, head_dim, partial_capacity);
@@ -129,6 +137,17 @@ void extend(TensorView q, TensorView k_cache, TensorView v_cache, TensorView tab
   p.windowed = windowed != 0;
   const cudaStream_t stream = current_stream(workspace);
   const int ctas = multiprocessors(workspace);
+  if (gathered.has_value()) {
+    const TensorView& g = gathered.value();
+    check_device("gathered", g, workspace);
+    FC_CHECK(g.ndim() == 4 && g.size(0) == 2 && g.size(1) > 0 && g.size(2) == kv_heads && g.size(3) == head_dim * 2 &&
+             g.dtype().bits == 8 && g.IsContiguous())
+        << "gathered: want contiguous uint8 [2, slots, " << kv_heads << ", " << head_dim * 2 << "], got "
+        << shape_text(g);
+    p.gathered = g.data_ptr();
+    p.gather_slots = g.size(1);
+    launch_gather(p, head_dim, ctas, stream);
+  }
   half_type("q", q) == DType::kBf16 ? launch_dim<__nv_bfloat16>(p, head_dim, ctas, stream)
                                     : launch_dim<__half>(p, head_dim, ctas, stream);
 }

@@ -60,6 +60,29 @@ def cost_model(device: str) -> CostModel:
     return CostModel(**_constants("cost_model", device))
 
 
+@dataclass(frozen=True)
+class GatherModel:
+    """When K and V are copied to consecutive slots before the extend kernel reads them.
+
+    Attributes:
+        mebibytes:      for the copies; what does not fit is read where it is.
+        max_page_size:  pages larger than this are long enough as they are.
+        rows_scattered: query rows (tokens by heads of a KV head) that must read a segment of runs below 8 tokens.
+        rows_boxed:     the same for runs of 8 to 64 tokens.
+    """
+
+    mebibytes: int
+    max_page_size: int
+    rows_scattered: int
+    rows_boxed: int
+
+
+@functools.cache
+def gather_model(device: str) -> GatherModel:
+    """The model of configs/gather.json for ``"hopper"``."""
+    return GatherModel(**_constants("gather", device))
+
+
 @functools.cache
 def schedule_costs(device: str) -> tuple[int, ...]:
     """What tiles and items take, of configs/schedule.json for ``"hopper"``: the last arguments of decode_schedule."""

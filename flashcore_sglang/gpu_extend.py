@@ -11,6 +11,7 @@ from enum import IntEnum
 import torch
 
 from flashcore_sglang import build
+from flashcore_sglang.config import GatherModel, gather_model
 from flashcore_sglang.device_pager import DeviceLayout, DevicePager
 
 PARTIAL_CAPACITY = 512
@@ -36,6 +37,7 @@ class GpuExtend:
         heads, kv_heads, head_dim: of the model's attention on this GPU.
         max_tokens: query tokens that there is room for at first; a larger step allocates more.
         device:     a Hopper GPU.
+        gather:     when scattered K and V are copied to consecutive slots first; None: as configs/gather.json says.
 
     Raises ValueError for sizes that are not served, RuntimeError if the library cannot be compiled.
     """
@@ -49,14 +51,24 @@ class GpuExtend:
         head_dim: int,
         max_tokens: int = 8192,
         device: torch.device | str = "cuda",
+        gather: GatherModel | None = None,
     ) -> None:
         self.pager, self.max_rows = pager, pager.max_rows
         self._heads, self._kv_heads, self._head_dim = heads, kv_heads, head_dim
         self._library = build.library("cuda")
         self._layout: DeviceLayout = pager.layout(1)
         self._num_tokens, self._windowed = 0, False
-        self._device = device
+        self._device, self._page_size = device, pager.page_size
+        self._gather = gather or gather_model("hopper")
+        self._gathered, self._gathers = self._reserve_gathered(), False
         self._reserve(max_tokens)
+
+    def _reserve_gathered(self) -> torch.Tensor:
+        """[2, slots, G, D] of two bytes: copies of K and V."""
+        slot_bytes = 2 * self._kv_heads * self._head_dim * 2
+        slots = (self._gather.mebibytes << 20) // slot_bytes if self._page_size <= self._gather.max_page_size else 0
+        shape = (2, slots, self._kv_heads, 2 * self._head_dim)
+        return torch.empty(shape, dtype=torch.uint8, device=self._device)
 
     def _reserve(self, max_tokens: int) -> None:
         self._max_tokens = max_tokens
@@ -72,8 +84,8 @@ class GpuExtend:
 
     @property
     def mebibytes(self) -> float:
-        """Device memory of the workspace; the pager's is its own."""
-        return self._workspace.numel() / 2**20
+        """Device memory of the workspace and of gathered K and V; the pager's is its own."""
+        return (self._workspace.numel() + self._gathered.numel()) / 2**20
 
     def snapshot(self, req_to_token: torch.Tensor, req_pool_indices: torch.Tensor, seq_lens: torch.Tensor) -> None:
         """Copies what the batch reads; arguments as for ``DevicePager.snapshot``. ``seq_lens`` count the new tokens."""
@@ -102,12 +114,16 @@ class GpuExtend:
         if num_tokens > self._max_tokens:
             self._reserve(max(num_tokens, 2 * self._max_tokens))
         self._num_tokens, self._windowed = num_tokens, window_left >= 0
+        q_rows = num_tokens * (self._heads // self._kv_heads)
+        self._gathers = self._gathered.numel() > 0 and q_rows >= self._gather.rows_scattered and not self._windowed
         self.pager.build()
         x = self._layout
         self._library.extend_schedule(
             x.sizes, x.row_order, x.segment_rows, x.segment_positions, x.segment_entries, x.row_indptr, x.row_segments,
             seq_lens, q_lens, self._workspace, num_tokens, self.pager.table_stride, x.page_size, self.max_rows,
             self._max_tokens, self._heads, self._kv_heads, self._head_dim, PARTIAL_CAPACITY, int(visible), window_left,
+            x.table, self._gathered.shape[1] if self._gathers else 0, self._gather.rows_scattered,
+            self._gather.rows_boxed,
         )  # fmt: skip
 
     def attend(
@@ -139,5 +155,6 @@ class GpuExtend:
         self._library.extend(
             q, k_cache, v_cache, self._layout.table, self._workspace, out, self._layout.page_size, self.max_rows,
             self._max_tokens, PARTIAL_CAPACITY, int(self._windowed), scale, logit_cap, sinks, custom_mask,
+            self._gathered if self._gathers else None,
         )  # fmt: skip
         return out

@@ -11,7 +11,7 @@
 // Grid: one CTA per SM, 384 threads; d 64: 512.
 //   warp 0           planner: takes items, turns page ids into slots two tiles ahead of the loaders
 //   warps 1-3        loaders: q, K, V. 128 consecutive slots are one TMA box, 8 consecutive ones a small box, others
-//                    come by cp.async
+//                    come by cp.async. What extend_gather.cu has copied is one box always
 //   warps 4-7, 8-11  two consumer warpgroups (232 registers), 64 q_rows each; q in registers (d 256: shared memory).
 //                    The softmax of a tile runs while the tensor cores do P V of the tile before and the other
 //                    warpgroup's products. d 64 has as much softmax for half the products: a third warpgroup there (160
@@ -71,7 +71,7 @@ template <class C>
 void launch_kernel(const Params& p, int ctas, cudaStream_t stream) {
   constexpr int kSmemBytes = sizeof(SharedStorage<C>);
   static_assert(kSmemBytes <= 232448);
-  TensorMaps maps;
+  TensorMaps maps{};
   const DType dtype = std::is_same_v<typename C::T, __half> ? DType::kFp16 : DType::kBf16;
   for (int i = 0; i < 2; ++i) {
     const int tokens = i == 0 ? 8 : C::kTile;
@@ -79,6 +79,13 @@ void launch_kernel(const Params& p, int ctas, cudaStream_t stream) {
                   tokens);
     encode_kv_map(&maps.v[i], dtype, p.v, p.num_slots, p.kv_heads, C::kHeadDim, p.kv_slot_stride, p.kv_head_stride,
                   tokens);
+  }
+  if (p.gathered != nullptr) {
+    const int64_t slot = int64_t{p.kv_heads} * C::kHeadDim;
+    const auto* k = static_cast<const typename C::T*>(p.gathered);
+    encode_kv_map(&maps.k[2], dtype, k, p.gather_slots, p.kv_heads, C::kHeadDim, slot, C::kHeadDim, C::kTile);
+    encode_kv_map(&maps.v[2], dtype, k + p.gather_slots * slot, p.gather_slots, p.kv_heads, C::kHeadDim, slot,
+                  C::kHeadDim, C::kTile);
   }
   auto* kernel = extend_kernel<C>;
   FC_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes));

@@ -99,7 +99,7 @@ __device__ __forceinline__ void load(const Params& p, const TensorMaps& maps, Sh
         if (lane == 0) {
           if (loader == kv) {
             ptx::mbarrier_expect_tx(full, C::kBufferBytes);
-            ptx::tma_load_5d(dst, map + 1, full, kKeepInL2, 0, tile.first, 0, 0, kv_head);
+            ptx::tma_load_5d(dst, map + (flags & kGathered ? 2 : 1), full, kKeepInL2, 0, tile.first, 0, 0, kv_head);
           }
           ptx::mbarrier_arrive(full, 33);
         }

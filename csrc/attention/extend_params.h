@@ -15,6 +15,7 @@ namespace flashcore::extend {
 
 constexpr int kMaxBatch = 1024;  // a thread of the schedule per row
 constexpr int kMaxChunks = 1024;
+constexpr int kMaxGathers = 1024;  // a thread of the schedule per segment
 constexpr int kMaxWarpgroups = 3;
 
 // q_rows of a tile, 64 for each consumer warpgroup: d 64 has registers for three, whose softmax hides one another's.
@@ -29,7 +30,17 @@ struct Piece {
   int tokens;      // 0: nothing is seen
   int from, full;  // tokens [from, full) are seen by every q_row of the tile
   int rows;        // q_rows of the tile that read it: first | end << 16
-  int pad[2];
+  int gathered;    // 1 + where `begin` lies in the gathered K and V; 0: they are read in the pool
+  int pad;
+};
+
+// A segment that so many q_rows read, in runs so short, that its K and V are first copied to consecutive slots. 16
+// bytes.
+struct alignas(16) Gather {
+  int entry;   // of the page that holds position `begin`
+  int begin;   // first position
+  int tokens;  // behind them come zeros, up to a whole tile
+  int slot;    // first, of the gathered K and V
 };
 
 // One tile of q_rows for one KV head, or a chunk of its KV tiles. 64 bytes.
@@ -55,12 +66,13 @@ struct Header {
   int items;
   int taken, finished;  // counters of the kernel, 0 between launches
   int overflow;         // 1: there was no room for all items; wrong tables or capacities
-  int pad[12];
+  int gathers, gathered_slots;
+  int pad[10];
 };
 
 // Offsets in bytes into the workspace. All 256-aligned.
 struct WorkspaceLayout {
-  size_t header, tokens, tiles, items, pieces, counters, partial_lse2, partial_out, bytes;
+  size_t header, tokens, tiles, items, pieces, gathers, counters, partial_lse2, partial_out, bytes;
   int tile_capacity, item_capacity, piece_capacity, partial_capacity;
 };
 
@@ -85,6 +97,7 @@ inline WorkspaceLayout workspace_layout(int64_t max_rows, int64_t max_tokens, in
   w.tiles = take(sizeof(Item) * w.tile_capacity);
   w.items = take(sizeof(Item) * w.item_capacity);
   w.pieces = take(sizeof(Piece) * w.piece_capacity);
+  w.gathers = take(sizeof(Gather) * kMaxGathers);
   w.counters = take(sizeof(int) * kMaxWarpgroups * partial_capacity);
   w.partial_lse2 = take(sizeof(float) * rows * partial_capacity);
   w.partial_out = take(sizeof(float) * rows * head_dim * partial_capacity);
@@ -94,11 +107,12 @@ inline WorkspaceLayout workspace_layout(int64_t max_rows, int64_t max_tokens, in
 
 struct Workspace {
   Header* header;
-  Token* tokens;  // [max_tokens] in packed order
-  Item* tiles;    // [tile_capacity] scratch of the schedule
-  Item* items;    // [item_capacity] in the order in which they are to start
-  Piece* pieces;  // [piece_capacity]
-  int* counters;  // [partial, kMaxWarpgroups] chunks of a tile that are done, by warpgroup; at the tile's first chunk
+  Token* tokens;    // [max_tokens] in packed order
+  Item* tiles;      // [tile_capacity] scratch of the schedule
+  Item* items;      // [item_capacity] in the order in which they are to start
+  Piece* pieces;    // [piece_capacity]
+  Gather* gathers;  // [kMaxGathers] one behind the other in the gathered slots
+  int* counters;    // [partial, kMaxWarpgroups] chunks of a tile that are done, by warpgroup; at the tile's first chunk
   float* partial_lse2;  // [partial, tile_rows]
   float* partial_out;   // [partial, tile_rows, D]
   int tile_capacity, item_capacity, piece_capacity, partial_capacity;
@@ -111,6 +125,7 @@ inline Workspace bind_workspace(const WorkspaceLayout& w, void* base) {
           reinterpret_cast<Item*>(p + w.tiles),
           reinterpret_cast<Item*>(p + w.items),
           reinterpret_cast<Piece*>(p + w.pieces),
+          reinterpret_cast<Gather*>(p + w.gathers),
           reinterpret_cast<int*>(p + w.counters),
           reinterpret_cast<float*>(p + w.partial_lse2),
           reinterpret_cast<float*>(p + w.partial_out),
@@ -135,7 +150,12 @@ struct ScheduleParams {
   int num_tokens;    // T: what q has
   int table_stride;  // entries of a row of the page table
   Visible visible;
-  int window_left;  // positions seen before the query's own; -1: all. Causal only
+  int window_left;   // positions seen before the query's own; -1: all. Causal only
+  const int* table;  // page ids
+  int table_entries;
+  int gather_slots;  // that there is room for; 0: nothing is gathered
+  // A segment is gathered from so many q_rows on, if its runs are shorter than 8 tokens, or than kGatherRun.
+  int gather_rows_scattered, gather_rows_boxed;
   int kv_heads, ratio, ctas, tile_rows, tile_tokens, head_dim;
 };
 
@@ -145,6 +165,8 @@ struct Params {
   void* out;      // [T, H, D]
   const void* k;  // [slots, G, D]
   const void* v;
+  void* gathered;  // K, then V: [gather_slots, G, D] each; nullptr: nothing is gathered
+  int gather_slots;
   const int* table;            // page ids
   const float* sinks;          // [H] natural log, or nullptr
   const uint8_t* custom_mask;  // [sum q_len * seq_len] 0: hidden; or nullptr
@@ -159,6 +181,7 @@ struct Params {
 };
 
 void launch_schedule(const ScheduleParams&, cudaStream_t);
+void launch_gather(const Params&, int head_dim, int ctas, cudaStream_t);
 // One instantiation per file: extend_<dtype>_d<D>.cu
 template <typename T, int kHeadDim>
 void launch(const Params&, int ctas, cudaStream_t);

@@ -28,7 +28,7 @@ __device__ __forceinline__ Pages<C> load_pages(const Params& p, const Piece& pie
   for (int k = 0; k < C::kTile / 32; ++k) {
     const int t = token + k * 32 + lane;
     const int entry = piece.entry + ((offset + t) >> p.page_shift);
-    r.of[k] = t < piece.tokens ? __ldg(p.table + min(max(entry, 0), p.table_entries - 1)) : 0;
+    r.of[k] = t < piece.tokens && piece.gathered == 0 ? __ldg(p.table + min(max(entry, 0), p.table_entries - 1)) : 0;
   }
   return r;
 }
@@ -59,12 +59,15 @@ __device__ __forceinline__ void plan_tile(const Params& p, SharedStorage<C>& s, 
     const bool boxed = ((good >> (lane & ~7)) & 0xFF) == 0xFF;
     s.slots[ring.slot()][k * 32 + lane] = boxed ? slot : slot < 0 ? kNoToken : slot * p.kv_slot_units;
   }
-  consecutive = __all_sync(~0u, consecutive);
+  // Behind the end of gathered tokens lie zeros.
+  if (piece.gathered > 0) start = piece.gathered - 1 + token;
+  consecutive = __all_sync(~0u, consecutive || piece.gathered > 0);
   if (lane == 0) {
     const bool masked = token < piece.from || token + C::kTile > piece.full;
     const uint32_t valid = min(max(piece.tokens - token, 0), C::kTile);
     const uint32_t flags = (masked ? kMasked : 0) | (last ? kLast : 0) | (consecutive ? 0 : kScattered);
-    s.loads[ring.slot()] = {consecutive ? start : -1, boxes, item | static_cast<int>(first ? kFirst : 0) << kFlagShift};
+    const uint32_t load_flags = (first ? kFirst : 0) | (piece.gathered > 0 ? kGathered : 0);
+    s.loads[ring.slot()] = {consecutive ? start : -1, boxes, item | static_cast<int>(load_flags) << kFlagShift};
     s.tiles[tile] = {piece.begin + token,
                      valid | (piece.rows & 0xFF) << 8 | ((piece.rows >> 16) & 0xFF) << 16 | flags << kFlagShift};
   }
@@ -85,13 +88,10 @@ __device__ __forceinline__ void plan_end(SharedStorage<C>& s, const Ring<kPlanne
 
 // Eight words, one per lane from `at` on, to all lanes.
 __device__ __forceinline__ Piece piece_of(int word, int at) {
-  return {__shfl_sync(~0u, word, at),
-          __shfl_sync(~0u, word, at + 1),
-          __shfl_sync(~0u, word, at + 2),
-          __shfl_sync(~0u, word, at + 3),
-          __shfl_sync(~0u, word, at + 4),
-          __shfl_sync(~0u, word, at + 5),
-          {0, 0}};
+  return {__shfl_sync(~0u, word, at),     __shfl_sync(~0u, word, at + 1),
+          __shfl_sync(~0u, word, at + 2), __shfl_sync(~0u, word, at + 3),
+          __shfl_sync(~0u, word, at + 4), __shfl_sync(~0u, word, at + 5),
+          __shfl_sync(~0u, word, at + 6), 0};
 }
 
 template <class C>

@@ -2,13 +2,14 @@
 // host. Grid: one CTA of 1024 threads, a row each.
 //
 // 1. Rows in row_order, packed tokens, what each token sees.
-// 2. Groups of rows under one first segment: all their q_rows in tiles of 128 one behind the other, or each row in
+// 2. Segments in short runs that many q_rows read are marked to be gathered first.
+// 3. Groups of rows under one first segment: all their q_rows in tiles of 128 one behind the other, or each row in
 // tiles
 //    of its own? The former reads a prefix once for up to 128 q_rows, the latter spares rows the tokens of others. The
 //    KV tiles that each takes are counted; fewer wins.
-// 3. Tiles and their pieces.
-// 4. Chunks, if there are too few tiles to occupy all CTAs; the number of chunks with the shortest estimated time wins.
-// 5. Order. (tile, KV head) units whose K and V fit in the L2 together are neighbours, among them the longest first, so
+// 4. Tiles and their pieces.
+// 5. Chunks, if there are too few tiles to occupy all CTAs; the number of chunks with the shortest estimated time wins.
+// 6. Order. (tile, KV head) units whose K and V fit in the L2 together are neighbours, among them the longest first, so
 //    that causal work ends evenly. By counting sort; the order within a bucket may differ between runs, results do not.
 #include "attention/extend_params.h"
 #include "attention/launch.h"
@@ -19,8 +20,11 @@ namespace flashcore::extend {
 namespace {
 
 constexpr int kThreads = kMaxBatch, kWarps = kThreads / 32;
+static_assert(kMaxGathers == kThreads);
 constexpr int kLengths = 64, kParts = 64;  // buckets of the sort: by length, by part of the L2
 constexpr int kBuckets = kLengths * kParts;
+constexpr int kGatherTokens = 256;      // a shorter segment is not worth it
+constexpr int kGatherRun = 64;          // mean tokens of a run; longer ones are boxes that are large enough
 constexpr int64_t kL2Bytes = 32 << 20;  // K and V that stay in the L2 while they are read
 constexpr int kCandidates = 8, kMinChunkTiles = 4;
 constexpr float kItemTiles = 1.5f, kChunkTiles = 2.f;  // what an item, and a partial result, cost besides: in KV tiles
@@ -36,7 +40,9 @@ struct Shared {
   int packed_cost[kThreads], lone_cost[kThreads];
   int histogram[kBuckets];
   int scratch[kWarps];
-  int row_first[kThreads];  // by row: first token in q
+  int row_first[kThreads];    // by row: first token in q
+  int gathered[kMaxGathers];  // by segment, as Piece::gathered; other segments are not looked at
+  bool any_gathered;
   int pieces, partials, overflow, longest, items[kCandidates], large[kCandidates], longest_chunk[kCandidates];
   unsigned long long load;
 };
@@ -143,6 +149,50 @@ __device__ __forceinline__ void write_mask_offsets(const ScheduleParams& p, Shar
   __syncthreads();
 }
 
+// Slots that a segment takes of the gathered ones; 0: it is read where it is. For one warp, which looks at 32 places of
+// the page table, for its mean run.
+__device__ __forceinline__ int gather_wish(const ScheduleParams& p, const Shared& s, const Segment& seg) {
+  const int tokens = seg.end_token - seg.begin, q_rows = (s.q_begin[seg.end] - s.q_begin[seg.first]) * p.ratio;
+  if (tokens < kGatherTokens || q_rows < p.gather_rows_scattered || p.layout.page_size >= kGatherRun) return 0;
+  const int lane = threadIdx.x % 32, steps = ceil_div(tokens, p.layout.page_size) - 1;
+  const int at = min(max(seg.entry + static_cast<int>(int64_t{steps} * lane / 32), 0), p.table_entries - 2);
+  const int breaks = __popc(__ballot_sync(~0u, __ldg(p.table + at + 1) != __ldg(p.table + at) + 1));
+  if (breaks < 2) return 0;
+  const int run = p.layout.page_size * 32 / breaks;
+  const bool wanted = run < 8 || (run < kGatherRun && q_rows >= p.gather_rows_boxed);
+  return wanted ? ceil_div(tokens, p.tile_tokens) * p.tile_tokens : 0;
+}
+
+// Marks segments as gathered, in their order, as far as there is room.
+__device__ __forceinline__ void choose_gathers(const ScheduleParams& p, Shared& s, bool allowed) {
+  const int tid = threadIdx.x, segments = min(min(max(p.layout.sizes[0], 0), p.layout.segment_capacity), kMaxGathers);
+  Header& h = *p.work.header;
+  s.gathered[tid] = 0;
+  __syncthreads();
+  if (tid == 0) {
+    s.any_gathered = false;
+    h.gathers = h.gathered_slots = 0;
+  }
+  if (!allowed || p.gather_slots == 0 || p.window_left >= 0) return;
+  for (int i = tid / 32; i < segments; i += kWarps) {
+    const int wish = gather_wish(p, s, load_segment(p.layout, i));
+    if (tid % 32 == 0) s.gathered[i] = wish;
+  }
+  __syncthreads();
+  const int wish = s.gathered[tid];
+  int slots, count;
+  const int slot = block_scan<kWarps>(wish, s.scratch, slots);
+  const bool taken = wish > 0 && slot + wish <= p.gather_slots;  // those that fit are the first ones
+  const int at = block_scan<kWarps>(taken ? 1 : 0, s.scratch, count);
+  s.gathered[tid] = taken ? slot + 1 : 0;
+  if (!taken) return;
+  const Segment seg = load_segment(p.layout, tid);
+  p.work.gathers[at] = {seg.entry, seg.begin, seg.end_token - seg.begin, slot};
+  s.any_gathered = true;
+  atomicMax(&h.gathers, at + 1);
+  atomicMax(&h.gathered_slots, slot + wish);
+}
+
 // Which rows share tiles, and how many tiles each bundle has. Returns all tiles.
 __device__ __forceinline__ int make_bundles(const ScheduleParams& p, Shared& s, bool pack) {
   const LayoutView& l = p.layout;
@@ -196,6 +246,10 @@ __device__ __forceinline__ int make_bundles(const ScheduleParams& p, Shared& s, 
   return total;
 }
 
+__device__ __forceinline__ int gathered_slot(const Shared& s, int segment) {
+  return segment >= 0 && segment < kMaxGathers ? s.gathered[segment] : 0;
+}
+
 struct TileRange {
   int q_row, q_rows;  // packed
   int first, last;    // rows, by position
@@ -231,7 +285,18 @@ __device__ __forceinline__ Piece lone_piece(const ScheduleParams& p, const Share
   return piece;
 }
 
-// Calls visit(piece) for the pieces of a tile of several rows: each segment once, for those of its rows in the tile.
+// Whether a row's pieces are to be its segments, because one of them lies elsewhere.
+__device__ __forceinline__ bool has_gathered(const ScheduleParams& p, const Shared& s, int k) {
+  if (!s.any_gathered) return false;
+  const LayoutView& l = p.layout;
+  const int row = s.row[k], end = min(l.row_indptr[row + 1], l.row_segment_capacity);
+  for (int e = max(l.row_indptr[row], 0); e < end; ++e) {
+    if (gathered_slot(s, l.row_segments[e]) > 0) return true;
+  }
+  return false;
+}
+
+// Calls visit(piece) for the pieces of a tile as segments: each once, for those of its rows that are in the tile.
 template <class Visit>
 __device__ __forceinline__ void visit_pieces(const ScheduleParams& p, const Shared& s, const TileRange& r,
                                              Visit visit) {
@@ -259,6 +324,7 @@ __device__ __forceinline__ void visit_pieces(const ScheduleParams& p, const Shar
       const int to = min(s.q_begin[last + 1] * p.ratio - r.q_row, r.q_rows);
       piece.full = from == 0 && to == r.q_rows ? min(max(least - seg.begin, 0), piece.tokens) : 0;
       piece.rows = from | to << 16;
+      piece.gathered = gathered_slot(s, l.row_segments[e]);
       visit(piece);
     }
   }
@@ -277,7 +343,7 @@ __device__ __forceinline__ void make_tiles(const ScheduleParams& p, Shared& s, i
     item.q_rows = r.q_rows;
     item.partial = -1;
     item.kv_head = r.first;  // until the items are written: the first row
-    if (r.first == r.last) {
+    if (r.first == r.last && !has_gathered(p, s, r.first)) {
       item.first = lone_piece(p, s, r);
       item.num_tiles = kv_tiles(p, item.first);
     } else {
@@ -377,8 +443,9 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(const __grid_constan
   if (p.visible == Visible::kMasked) write_mask_offsets(p, s);
 
   int tiles = 0;
-  for (int attempt = 0; attempt < 2; ++attempt) {  // the second packs nothing and so needs no pieces
+  for (int attempt = 0; attempt < 2; ++attempt) {  // the second packs and gathers nothing and so needs no pieces
     __syncthreads();
+    choose_gathers(p, s, attempt == 0);
     if (tid == 0) {
       s.pieces = s.partials = s.overflow = s.longest = 0;
       s.load = 0;

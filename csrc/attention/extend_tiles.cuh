@@ -37,7 +37,7 @@ constexpr int kLoaders = 3;  // warps
 struct Load {
   int first;       // slot of the first token if all are consecutive, else -1
   uint32_t boxes;  // bit g: tokens 8 g .. 8 g + 7 are consecutive
-  int item;        // ring position of the tile's item; from bit kFlagShift: kFirst, kEnd
+  int item;        // ring position of the tile's item; from bit kFlagShift: kFirst, kGathered, kEnd
 };
 
 struct Tile {
@@ -46,7 +46,7 @@ struct Tile {
 };
 
 constexpr int kFlagShift = 24;
-constexpr uint32_t kFirst = 1, kMasked = 1, kLast = 2, kEnd = 4, kScattered = 8;
+constexpr uint32_t kFirst = 1, kMasked = 1, kLast = 2, kEnd = 4, kScattered = 8, kGathered = 16;
 
 // Slots of tiles between the planner and the loaders. Every loader waits for every buffer and every slot list, so none
 // can be a round of a ring behind the others.
@@ -70,7 +70,7 @@ struct SharedStorage {
 };
 
 struct TensorMaps {
-  CUtensorMap k[2], v[2];  // boxes of 8 tokens and of a tile
+  CUtensorMap k[3], v[3];  // boxes of 8 tokens, of a tile, of a tile of gathered slots
 };
 
 }  // namespace flashcore::extend

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from flashcore_sglang import reference
-from flashcore_sglang.config import SHARE_ALWAYS, CostModel
+from flashcore_sglang.config import SHARE_ALWAYS, CostModel, GatherModel
 from flashcore_sglang.device_pager import DevicePager
 from flashcore_sglang.gpu_extend import GpuExtend, Visible
 
@@ -109,6 +109,7 @@ class Extend:
         window_left: int = -1,
         sharing: bool = True,
         cost_model: CostModel = SHARE_ALWAYS,
+        gather: GatherModel | None = None,
     ) -> None:
         self.b, self.visible, self.window_left = b, visible, window_left
         self.pager = DevicePager(
@@ -120,7 +121,12 @@ class Extend:
             cost_model=cost_model,
         )
         self.kernels = GpuExtend(
-            self.pager, heads=heads, kv_heads=kv_heads, head_dim=head_dim, max_tokens=max(b.num_tokens, 1)
+            self.pager,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            max_tokens=max(b.num_tokens, 1),
+            gather=gather,
         )
         self.seq_lens, self.q_lens = b.seq_lens.cuda(), b.q_lens.cuda()
         self.kernels.snapshot(b.table.cuda(), b.indices.cuda(), self.seq_lens)
@@ -129,6 +135,11 @@ class Extend:
         self.kernels.plan(
             self.seq_lens, self.q_lens, self.b.num_tokens, visible=self.visible, window_left=self.window_left
         )
+
+    @property
+    def gathered_slots(self) -> int:
+        """That the last plan copies K and V to. Synchronises."""
+        return int(self.kernels._workspace[:64].view(torch.int32)[5])
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options) -> torch.Tensor:
         return self.kernels.attend(q, k, v, torch.full_like(q, torch.nan), **options)

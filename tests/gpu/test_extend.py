@@ -13,6 +13,7 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0)
 
 from gpu.extend_cases import Extend, assert_accurate, batch, exact, pools, tree_mask
 
+from flashcore_sglang.config import GatherModel
 from flashcore_sglang.gpu_extend import Visible
 
 pytestmark = pytest.mark.gpu
@@ -34,10 +35,15 @@ def attend(
     options = {"scale": head_dim**-0.5, "logit_cap": logit_cap}
     options["sinks"] = torch.randn(heads, device="cuda") if sinks else None
     e = Extend(b, heads, kv_heads, head_dim, **plan)
+    e.kernels._gathered.fill_(0xFF)  # NaN
     e.plan()
     got = e(q, k, v, custom_mask=None if mask is None else mask.cuda(), **options)
     torch.cuda.synchronize()
     assert_accurate(got, exact(e, q, k, v, custom_mask=mask, **options))
+    return e
+
+
+GATHER_ALWAYS = GatherModel(mebibytes=256, max_page_size=64, rows_scattered=1, rows_boxed=1)
 
 
 def test_one_small_prompt_is_exact():
@@ -62,6 +68,34 @@ def test_requests_of_many_lengths_are_exact():
 @pytest.mark.parametrize("page_size", [1, 2, 16, 32, 64, 128])
 def test_pages_of_any_size_and_order_are_read_right(page_size, order):
     attend(batch([(768, [(0, 8), (30, 100), (5, 1)]), (0, [(700, 300), (0, 129)])], page_size, order))
+
+
+@pytest.mark.parametrize("order", ["runs", "interleaved", "permuted"])
+@pytest.mark.parametrize("page_size", [1, 2, 16, 32])
+def test_scattered_tokens_that_are_gathered_first_are_read_right(page_size, order):
+    b = batch([(768, [(0, 8), (30, 100), (5, 1)]), (0, [(700, 300), (0, 513), (290, 9)])], page_size, order)
+    e = attend(b, gather=GATHER_ALWAYS)
+    assert (e.gathered_slots > 0) == (order != "runs")
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_what_is_gathered_is_exact_for_every_head_dim_and_ratio(head_dim):
+    b = batch([(640, [(0, 40)] * 9), (0, [(0, 700), (300, 200), (20000, 3)])], order="permuted")
+    for heads, kv_heads in ((32, 8), (7, 1), (10, 5)):
+        assert attend(b, heads, kv_heads, head_dim, FP16, gather=GATHER_ALWAYS).gathered_slots > 20000
+
+
+def test_only_what_there_is_room_for_is_gathered():
+    b = batch([(640, [(0, 40)] * 9), (0, [(0, 900), (300, 200)])], order="permuted")
+    e = attend(b, gather=GatherModel(mebibytes=4, max_page_size=1, rows_scattered=1, rows_boxed=1))
+    assert 0 < e.gathered_slots <= 1024
+
+
+def test_rows_that_gather_a_prefix_without_sharing_tiles_are_exact():
+    b = batch([(512, [(0, 300), (40, 200)])], order="permuted")
+    assert attend(b, gather=GATHER_ALWAYS).gathered_slots > 0
+    assert attend(b, gather=GATHER_ALWAYS, visible=Visible.ALL).gathered_slots > 0
+    assert attend(b, gather=GATHER_ALWAYS, window_left=100).gathered_slots == 0
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])

@@ -23,7 +23,7 @@ DECODE = {
 EXTEND = {
     "q": Q, "k_cache": KV, "v_cache": KV, "table": INTS, "workspace": BYTES, "out": Q.clone(), "page_size": 1,
     "max_rows": 4, "max_tokens": 64, "partial_capacity": 16, "windowed": 0, "scale": 0.1, "logit_cap": 0.0,
-    "sinks": None, "custom_mask": None,
+    "sinks": None, "custom_mask": None, "gathered": None,
 }  # fmt: skip
 NOT_FITTING = [
     ({"q": Q.float()}, "q: want bfloat16 or float16, got 32-bit"),
