@@ -61,8 +61,12 @@ def main() -> None:
     if not records:
         raise SystemExit(f"files: want results of bench_decode.py, got none in {RESULTS}")
     rows = max(len(r["cases"]) for r in records)
-    figure, axes = plt.subplots(1, len(records), figsize=(8 * len(records), 1.5 + 0.34 * rows), squeeze=False)
-    for axis, record in zip(axes[0], records, strict=True):
+    columns = min(len(records), len(order))
+    lines = -(-len(records) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(6.5 * columns, 1 + (0.5 + 0.26 * rows) * lines), squeeze=False)
+    for axis in axes.flat[len(records) :]:
+        axis.set_visible(False)
+    for axis, record in zip(axes.flat, records, strict=False):
         draw(axis, record)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncol=len(labels), fontsize=8)
@@ -71,8 +75,8 @@ def main() -> None:
         f"on {records[0]['kv_heads']} KV heads of {records[0]['head_dim']}: attention + plan / 32.  Black: wanted",
         fontsize=10,
     )
-    figure.tight_layout(rect=(0, 0.05, 1, 1))
-    figure.savefig(args.out, dpi=110)
+    figure.tight_layout(rect=(0, 0.03, 1, 0.98))
+    figure.savefig(args.out, dpi=90)
     print(args.out)
 
 
