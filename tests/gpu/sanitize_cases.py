@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from gpu.decode_cases import Level, forest
 from gpu.extend_cases import Extend, batch, tree_mask
 
-from flashcore_sglang.config import SHARE_ALWAYS
+from flashcore_sglang.config import SHARE_ALWAYS, GatherModel
 from flashcore_sglang.device_pager import DevicePager
 from flashcore_sglang.gpu_decode import GpuDecode
 from flashcore_sglang.gpu_extend import Visible
@@ -72,6 +72,7 @@ class ExtendCase:
     sinks: bool = False
     window_left: int = -1
     tree: bool = False
+    gather: bool = False  # however few queries there are
 
 
 EXTEND = (
@@ -80,6 +81,7 @@ EXTEND = (
     ExtendCase("cut into chunks, d256, page 16, sinks", [(0, [(2000, 5)])], 256, page_size=16, sinks=True),
     ExtendCase("window and cap", [(0, [(100, 200)])], order="interleaved", logit_cap=20.0, window_left=20),
     ExtendCase("trees of drafts", [(128, [(0, 7), (30, 9)])], tree=True),
+    ExtendCase("gathered first", [(300, [(0, 8)] * 3), (0, [(0, 270)])], order="permuted", gather=True),
 )
 
 
@@ -118,7 +120,10 @@ def run_extend(case: ExtendCase) -> None:
     heads, kv_heads = 8, 2
     b = batch(case.groups, case.page_size, case.order)
     visible = Visible.MASKED if case.tree else Visible.CAUSAL
-    extend = Extend(b, heads, kv_heads, case.head_dim, visible=visible, window_left=case.window_left)
+    gather = GatherModel(mebibytes=2, max_page_size=32, rows_scattered=1, rows_boxed=1) if case.gather else None
+    extend = Extend(
+        b, heads, kv_heads, case.head_dim, visible=visible, window_left=case.window_left, gather=gather
+    )  # fmt: skip
     q = torch.randn(b.num_tokens, heads, case.head_dim).to(case.dtype).cuda()
     k, v = (torch.randn(b.num_slots, kv_heads, case.head_dim).to(case.dtype).cuda() for _ in range(2))
     options = {
