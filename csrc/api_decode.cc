@@ -18,7 +18,8 @@ WorkspaceLayout checked_layout(int64_t batch, int64_t segment_capacity, int64_t 
   FC_CHECK(batch > 0 && batch <= kMaxBatch) << "batch: want 1 .. " << kMaxBatch << ", got " << batch;
   FC_CHECK(segment_capacity > 0 && segment_capacity <= kMaxSegments)
       << "segment_capacity: want 1 .. " << kMaxSegments << ", got " << segment_capacity;
-  FC_CHECK(partial_capacity > 0) << "partial_capacity: want a positive size, got " << partial_capacity;
+  FC_CHECK(partial_capacity > 0 && partial_capacity < (1 << 24))
+      << "partial_capacity: want 1 .. 2^24 - 1, got " << partial_capacity;
   const WorkspaceLayout w = workspace_layout(batch, segment_capacity, heads, kv_heads, head_dim, partial_capacity);
   FC_CHECK(w.entry_capacity < (1 << 16)) << "partial_capacity: want fewer than 65536 work items, got "
                                          << w.entry_capacity;
@@ -47,7 +48,8 @@ void decode_schedule(TensorView sizes, TensorView row_order, TensorView segment_
                      int64_t wide_item_ns, int64_t narrow_ns, int64_t narrow_item_ns, int64_t hbm_ps) {
   const int64_t batch = row_order.numel(), segments = page_indptr.numel() - 1;
   const WorkspaceLayout w = checked_layout(batch, segments, heads, kv_heads, head_dim, partial_capacity);
-  FC_CHECK(page_size > 0) << "page_size: want a positive size, got " << page_size;
+  FC_CHECK(page_size > 0 && page_size <= kMaxPageSize)
+      << "page_size: want 1 .. " << kMaxPageSize << ", got " << page_size;
   for (const int64_t cost : {wide_ns, wide_item_ns, narrow_ns, narrow_item_ns, hbm_ps})
     FC_CHECK(cost > 0 && cost < (1 << 24)) << "costs: want positive ones below 2^24, got " << cost;
   ScheduleParams p{};

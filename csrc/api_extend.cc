@@ -93,8 +93,8 @@ void extend_schedule(TensorView sizes, TensorView row_order, TensorView segment_
   p.tile_rows = tile_rows(head_dim);
   p.tile_tokens = tile_tokens(head_dim);
   p.head_dim = head_dim;
-  FC_CHECK(gather_slots >= 0 && gather_slots < (int64_t{1} << 30))
-      << "gather_slots: want 0 .. 2^30, got " << gather_slots;
+  FC_CHECK(gather_slots >= 0 && gather_slots <= kMaxGatherSlots)
+      << "gather_slots: want 0 .. " << kMaxGatherSlots << ", got " << gather_slots;
   p.table = int_array("table", table, workspace, 2);
   p.table_entries = table.numel();
   p.gather_slots = gather_slots;
@@ -144,6 +144,10 @@ void extend(TensorView q, TensorView k_cache, TensorView v_cache, TensorView tab
              g.dtype().bits == 8 && g.IsContiguous())
         << "gathered: want contiguous uint8 [2, slots, " << kv_heads << ", " << head_dim * 2 << "], got "
         << shape_text(g);
+    for (const void* base :
+         {p.k, p.v, static_cast<const void*>(g.data_ptr())})  // the maps, which come later, check too
+      FC_CHECK(reinterpret_cast<uintptr_t>(base) % 16 == 0)
+          << "k_cache, v_cache, gathered: want a base aligned to 16 bytes";
     p.gathered = g.data_ptr();
     p.gather_slots = g.size(1);
     launch_gather(p, head_dim, ctas, stream);

@@ -26,7 +26,7 @@ from flashcore_sglang.layout import CsrLayout, CsrPager, describe_status
 from flashcore_sglang.metrics import SampleMetrics, metric_labels
 from flashcore_sglang.plugin import NAME, triton_runs
 from flashcore_sglang.recording import Recorder
-from flashcore_sglang.requirements import LayerFacts, ServingFacts, refusals, version_warning
+from flashcore_sglang.requirements import LayerFacts, ServingFacts, batch_warning, refusals, version_warning
 from flashcore_sglang.statistics import (
     Consumer,
     CpuSampler,
@@ -60,6 +60,7 @@ def facts_of(model_runner: Any) -> ServingFacts:
         is_hybrid_swa=bool(model_runner.is_hybrid_swa),
         speculative_algorithm=args.speculative_algorithm,
         deterministic=bool(args.enable_deterministic_inference),
+        max_requests=model_runner.req_to_token_pool.req_to_token.shape[0] - 1,  # the first row is padding
         serves_prefill=serves_prefill(model_runner),
         context_parallel=max(getattr(args, "dcp_size", 1) or 1, getattr(args, "attn_cp_size", 1) or 1),
         torch_compile=bool(getattr(args, "enable_torch_compile", False)),
@@ -110,7 +111,7 @@ class FlashCoreSparseBackend(AttentionBackend):
         facts = facts_of(model_runner)
         if reasons := refusals(facts):
             raise ValueError(f"{NAME} cannot serve this configuration:\n" + "\n".join(f"  - {r}" for r in reasons))
-        if warning := version_warning(facts.sglang_version):
+        for warning in filter(None, (version_warning(facts.sglang_version), batch_warning(facts))):
             logger.warning(warning)
         self.device = model_runner.device
         self.req_to_token_pool = model_runner.req_to_token_pool

@@ -15,6 +15,7 @@ from flashcore_sglang.config import GatherModel, gather_model
 from flashcore_sglang.device_pager import DeviceLayout, DevicePager
 
 PARTIAL_CAPACITY = 512
+MAX_GATHER_SLOTS = 1 << 20  # kMaxGatherSlots of csrc/attention/extend_params.h
 """Chunks of tiles that were cut because there are few of them; each is 128 rows of D floats."""
 
 
@@ -67,6 +68,7 @@ class GpuExtend:
         """[2, slots, G, D] of two bytes: copies of K and V."""
         slot_bytes = 2 * self._kv_heads * self._head_dim * 2
         slots = (self._gather.mebibytes << 20) // slot_bytes if self._page_size <= self._gather.max_page_size else 0
+        slots = min(slots, MAX_GATHER_SLOTS)
         shape = (2, slots, self._kv_heads, 2 * self._head_dim)
         return torch.empty(shape, dtype=torch.uint8, device=self._device)
 
@@ -75,6 +77,8 @@ class GpuExtend:
         size = self._library.extend_workspace_bytes(
             self.max_rows, max_tokens, self._heads, self._kv_heads, self._head_dim, PARTIAL_CAPACITY
         )
+        if (old := getattr(self, "_workspace", None)) is not None and old.is_cuda:
+            old.record_stream(torch.cuda.current_stream(old.device))  # a step of before may still read it
         self._workspace = torch.empty(size, dtype=torch.uint8, device=self._device)
 
     @property
@@ -146,7 +150,7 @@ class GpuExtend:
             out:     [T, H, D], written and returned. A token that sees nothing gets zeros.
             scale:   multiplies q.k. logit_cap: 0 is none. sinks: [H] float32, the logit of a key without a value.
             custom_mask: of ``Visible.MASKED``: [sum of q_lens * seq_lens] bool or uint8, for each request its new
-                     tokens by its positions; True is seen. Only its part over the new tokens is read.
+                     tokens by its positions; True is seen. It must be True over the cached prefix.
 
         Raises ValueError for shapes, dtypes or devices that do not fit.
         """

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 GPU_HEAD_DIMS, GPU_MAX_RATIO = (64, 128, 256), 16
+GPU_MAX_REQUESTS = 1024  # of a batch
 PAGE_SIZES = (1, 16, 32, 64, 128)
 """The page sizes that SGLang users choose from."""
 
@@ -48,6 +49,7 @@ class ServingFacts:
     is_hybrid_swa: bool = False
     speculative_algorithm: str | None = None
     deterministic: bool = False
+    max_requests: int = 0  # that may run at a time; 0: not known
     serves_prefill: bool = True
     context_parallel: int = 1
     torch_compile: bool = False
@@ -66,6 +68,20 @@ def version_warning(version: str) -> str | None:
     if version_tuple(version) > version_tuple(SGLANG_MAX):
         return f"sglang: want {SGLANG_MIN} to {SGLANG_MAX}, got {version}, which was not tested"
     return None
+
+
+def _large_batches(facts: ServingFacts) -> bool:
+    return facts.device == "cuda" and facts.max_requests > GPU_MAX_REQUESTS
+
+
+def batch_warning(facts: ServingFacts) -> str | None:
+    """Batches that the kernels do not serve."""
+    if not _large_batches(facts):
+        return None
+    return (
+        f"max_running_requests: want at most {GPU_MAX_REQUESTS} on a GPU, got {facts.max_requests}; larger batches are "
+        f"decoded in PyTorch, slowly; start with --max-running-requests {GPU_MAX_REQUESTS}"
+    )
 
 
 def version_refusal(version: str) -> str | None:
@@ -204,6 +220,12 @@ def _option_refusals(facts: ServingFacts) -> list[str | None]:
             "deterministic inference: want another backend for prefill, as sums here depend on the batch; start with "
             "--attention-backend fa3 --decode-attention-backend flashcore_sparse"
             if facts.deterministic and facts.device == "cuda" and facts.serves_prefill
+            else None
+        ),
+        (
+            f"deterministic inference: want at most {GPU_MAX_REQUESTS} requests at a time, got {facts.max_requests}; "
+            f"start with --max-running-requests {GPU_MAX_REQUESTS}"
+            if facts.deterministic and not facts.serves_prefill and _large_batches(facts)
             else None
         ),
         (

@@ -15,7 +15,8 @@ namespace flashcore::extend {
 
 constexpr int kMaxBatch = 1024;  // a thread of the schedule per row
 constexpr int kMaxChunks = 1024;
-constexpr int kMaxGathers = 1024;  // a thread of the schedule per segment
+constexpr int kMaxGathers = 1024;         // a thread of the schedule per segment
+constexpr int kMaxGatherSlots = 1 << 20;  // times kMaxGathers: no sum of wishes overflows
 constexpr int kMaxWarpgroups = 3;
 
 // q_rows of a tile, 64 for each consumer warpgroup: d 64 has registers for three, whose softmax hides one another's.

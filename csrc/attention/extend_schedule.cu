@@ -153,7 +153,8 @@ __device__ __forceinline__ void write_mask_offsets(const ScheduleParams& p, Shar
 // the page table, for its mean run.
 __device__ __forceinline__ int gather_wish(const ScheduleParams& p, const Shared& s, const Segment& seg) {
   const int tokens = seg.end_token - seg.begin, q_rows = (s.q_begin[seg.end] - s.q_begin[seg.first]) * p.ratio;
-  if (tokens < kGatherTokens || q_rows < p.gather_rows_scattered || p.layout.page_size >= kGatherRun) return 0;
+  if (tokens < kGatherTokens || tokens > p.gather_slots || p.layout.page_size >= kGatherRun) return 0;
+  if (q_rows < p.gather_rows_scattered) return 0;
   const int lane = threadIdx.x % 32, steps = ceil_div(tokens, p.layout.page_size) - 1;
   const int at = min(max(seg.entry + static_cast<int>(int64_t{steps} * lane / 32), 0), p.table_entries - 2);
   const int breaks = __popc(__ballot_sync(~0u, __ldg(p.table + at + 1) != __ldg(p.table + at) + 1));

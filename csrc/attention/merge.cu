@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kHeadsPerCta * 32) merge_kernel(const __grid_c
   ptx::grid_dependency_wait();
   ptx::grid_dependency_launch();
   if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x < 2) p.work.header->taken[threadIdx.x] = 0;
-  if (head >= p.heads || info.pieces == 1 || info.pieces < 0) return;
+  if (head >= p.heads || info.pieces == 1) return;  // fewer than 0 pieces: zeros, too
 
   Sum<kPer> sum{};
   sum.best = -INFINITY;

@@ -25,7 +25,8 @@ struct PageDivision {
   int shift;
 };
 
-// The pager's output (see the layout's documentation). Device memory, int32, not owned.
+// The pager's output (see the layout's documentation). Device memory, int32, not owned. For decode all rows begin at
+// position 0: a row's own head before its group would give the rows of the group different numbers of pieces before it.
 struct LayoutView {
   const int* sizes;              // [8] S, N, U, E, M
   const int* row_order;          // [B]

@@ -10,10 +10,11 @@
 // limit, M = time the card needs to load all tokens once, the step takes about T = max(M, (W + N) / CTAs). Chunks of
 // the wide items and CTAs for them are chosen so that whole rounds of them take no longer (schedule_choice.cuh).
 //
-// Pieces and partial slots: see RowInfo. Segments are sorted by (first row, first position), parents before children.
-// So the pieces that the rows of a segment have before it are those of all segments before it, less those of segments
-// whose rows end before its first row; and the pieces of a row are those of all segments whose rows have begun, less
-// those of segments whose rows have ended.
+// Pieces and partial slots: see RowInfo. Rows begin at position 0, and segments are sorted by (first row, first
+// position): parents before children, and what is before a segment is read by all of its rows or by none. So the pieces
+// that the rows of a segment have before it are those of all segments before it, less those of segments whose rows end
+// before its first row; and the pieces of a row are those of all segments whose rows have begun, less those of segments
+// whose rows have ended.
 //
 // Grid: one CTA of 1024 threads. Its time is that of code coming cold from memory and of a chain of barriers, whatever
 // the batch: so the code is kept short, with loops that are not unrolled. Order of everything is fixed by scans and
@@ -199,7 +200,7 @@ __device__ __forceinline__ bool fits(const ScheduleParams& p, const Trials& tria
 struct Choice {
   Targets target;
   int wide_ctas;
-  bool fits;
+  bool fits, listed;  // listed: there is room for the entries
 };
 
 __device__ __forceinline__ int times_two(int target, int shift) { return min(target, kUnsplit >> shift) << shift; }
@@ -219,7 +220,7 @@ __device__ __forceinline__ Choice choose(const ScheduleParams& p, Shared& s, con
       const int narrow =
           choose_narrow(p, trials, __fdividef(static_cast<float>(total.narrow_tiles) * p.kv_heads, ctas), ctas);
       best = targets_of(candidates, wide.candidate, narrow);
-      if (fits(p, trials, wide.candidate, narrow)) return {best, wide_ctas, true};
+      if (fits(p, trials, wide.candidate, narrow)) return {best, wide_ctas, true, true};
       // Entries or partial slots would not suffice: split less, 2 .. 128 times less or not at all.
       const int shift = c + 1 < kCandidates ? c + 1 : kUnsplitShift;
       tried = {times_two(best.wide, shift), times_two(best.narrow, shift)};
@@ -227,7 +228,10 @@ __device__ __forceinline__ Choice choose(const ScheduleParams& p, Shared& s, con
       const int lane = threadIdx.x % kCandidates;
       const uint32_t enough = __ballot_sync(~0u, fits(p, trials, lane, lane));
       const int first = __ffs(enough), shift = first != 0 && first < kCandidates ? first : kUnsplitShift;
-      return {{times_two(best.wide, shift), times_two(best.narrow, shift)}, wide_ctas, enough != 0};
+      // Only wrong tables want more entries than there is room for when nothing is split.
+      const unsigned unsplit = trials[kItems][kCandidates - 1] + trials[kItems][2 * kCandidates - 1];
+      const bool listed = enough != 0 || unsplit <= static_cast<unsigned>(p.work.entry_capacity);
+      return {{times_two(best.wide, shift), times_two(best.narrow, shift)}, wide_ctas, enough != 0, listed};
     }
   }
 }
@@ -313,7 +317,7 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(const __grid_constan
   const int tid = threadIdx.x, batch = p.layout.batch;
   for (int i = tid; i < 4 * kQuantities * kCandidates; i += kThreads) (&s.trials[0][0][0])[i] = 0;
   ptx::grid_dependency_wait();
-  const int segments = min(max(p.layout.sizes[0], 0), p.layout.segment_capacity);
+  int segments = min(max(p.layout.sizes[0], 0), p.layout.segment_capacity);
 #pragma unroll 1
   for (int i = tid; i < batch; i += kThreads) {
     s.begun[i] = s.ended[i] = 0;
@@ -322,6 +326,7 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(const __grid_constan
   const Total total = total_of(p, s, segments);
   const Choice choice = choose(p, s, total, segments);
   const Targets& target = choice.target;
+  if (!choice.listed) segments = 0;
 
   // Entries of a class lie in the order of the segments, classes one behind the other.
   const int per_thread = (segments + kThreads - 1) / kThreads;

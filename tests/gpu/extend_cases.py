@@ -10,7 +10,7 @@ import torch
 from flashcore_sglang import reference
 from flashcore_sglang.config import SHARE_ALWAYS, CostModel, GatherModel
 from flashcore_sglang.device_pager import DevicePager
-from flashcore_sglang.gpu_extend import GpuExtend, Visible
+from flashcore_sglang.gpu_extend import PARTIAL_CAPACITY, GpuExtend, Visible
 
 
 @dataclass
@@ -110,7 +110,9 @@ class Extend:
         sharing: bool = True,
         cost_model: CostModel = SHARE_ALWAYS,
         gather: GatherModel | None = None,
+        poison: bool = True,
     ) -> None:
+        self.poison = poison  # partial results and gathered K and V with NaN before each run
         self.b, self.visible, self.window_left = b, visible, window_left
         self.pager = DevicePager(
             b.page_size,
@@ -142,6 +144,11 @@ class Extend:
         return int(self.kernels._workspace[:64].view(torch.int32)[5])
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options) -> torch.Tensor:
+        if self.poison:
+            q_rows, dim = 192 if q.shape[2] == 64 else 128, q.shape[2]
+            partials = PARTIAL_CAPACITY * q_rows * (dim + 1) * 4  # bytes, the last of the workspace
+            self.kernels._workspace[-partials:].fill_(0xFF)
+            self.kernels._gathered.fill_(0xFF)
         return self.kernels.attend(q, k, v, torch.full_like(q, torch.nan), **options)
 
 
@@ -163,7 +170,10 @@ def assert_accurate(got: torch.Tensor, want: torch.Tensor) -> None:
     error = (got.double() - want).norm(dim=2)
     size = want.norm(dim=2)
     worst = (error / (size + 1e-3 * size.mean() + 1e-30)).flatten()
-    assert error.norm() <= unit * want.norm(), f"error {error.norm() / want.norm():.2e}, {unit:.1e} wanted"
+    largest = [divmod(int(i), got.shape[1]) for i in error.flatten().argsort(descending=True)[:16]]
+    assert error.norm() <= unit * want.norm(), (
+        f"error {error.norm() / want.norm():.2e}, {unit:.1e} wanted; largest at (token, head) {largest}"
+    )
     token, head = divmod(int(worst.argmax()), got.shape[1])
     assert worst.max() <= 4 * unit, f"error {worst.max():.2e} at token {token}, head {head}; {4 * unit:.1e} wanted"
 

@@ -122,7 +122,7 @@ def run_extend(case: ExtendCase) -> None:
     visible = Visible.MASKED if case.tree else Visible.CAUSAL
     gather = GatherModel(mebibytes=2, max_page_size=32, rows_scattered=1, rows_boxed=1) if case.gather else None
     extend = Extend(
-        b, heads, kv_heads, case.head_dim, visible=visible, window_left=case.window_left, gather=gather
+        b, heads, kv_heads, case.head_dim, visible=visible, window_left=case.window_left, gather=gather, poison=False
     )  # fmt: skip
     q = torch.randn(b.num_tokens, heads, case.head_dim).to(case.dtype).cuda()
     k, v = (torch.randn(b.num_slots, kv_heads, case.head_dim).to(case.dtype).cuda() for _ in range(2))

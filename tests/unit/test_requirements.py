@@ -6,10 +6,13 @@ from dataclasses import replace
 
 import pytest
 
+from flashcore_sglang.device_pager import MAX_ROWS
 from flashcore_sglang.requirements import (
+    GPU_MAX_REQUESTS,
     PAGE_SIZES,
     LayerFacts,
     ServingFacts,
+    batch_warning,
     refusals,
     version_refusal,
     version_tuple,
@@ -86,6 +89,10 @@ GPU = replace(GOOD, device="cuda", capability="9.0", kv_cache_dtype="bfloat16", 
         ({"layers": (LayerFacts(0, 8, 8, 96, 96),)}, "want one head dim of 64, 128, 256 in all layers, got [96]"),
         ({"layers": (LayerFacts(0, 8, 8, 128, 64),)}, "want one head dim of 64, 128, 256 in all layers, got [64, 128]"),
         ({"deterministic": True}, "deterministic inference: want another backend for prefill"),
+        (
+            {"deterministic": True, "serves_prefill": False, "max_requests": 2048},
+            "deterministic inference: want at most 1024 requests at a time, got 2048; start with",
+        ),
         ({"layers": (LayerFacts(0, 32, 1),)}, "model: want at most 16 query heads per KV head, got 32"),
     ],
 )
@@ -114,3 +121,12 @@ def test_supported_and_newer_versions_are_not_refused(version):
 def test_version_newer_than_tested_is_warned_of():
     assert version_warning("0.5.23") is None
     assert version_warning("0.6.0") == "sglang: want 0.5.16 to 0.5.23, got 0.6.0, which was not tested"
+
+
+def test_batches_that_the_kernels_do_not_serve_are_announced():
+    assert GPU_MAX_REQUESTS == MAX_ROWS
+    assert batch_warning(replace(GPU, max_requests=MAX_ROWS)) is None
+    assert batch_warning(replace(GPU, device="cpu", max_requests=2 * MAX_ROWS)) is None
+    message = batch_warning(replace(GPU, max_requests=2 * MAX_ROWS))
+    assert "max_running_requests: want at most 1024 on a GPU, got 2048" in message
+    assert refusals(replace(GPU, max_requests=2 * MAX_ROWS)) == []
