@@ -39,7 +39,7 @@ int64_t decode_workspace_bytes(int64_t batch, int64_t segment_capacity, int64_t 
 PageDivision division_by(int64_t page_size) {
   int shift = 31;
   while ((int64_t{1} << (shift - 31)) < page_size) ++shift;
-  return {static_cast<uint32_t>(((int64_t{1} << shift) + page_size - 1) / page_size), shift};
+  return {shift, static_cast<uint32_t>(((int64_t{1} << shift) + page_size - 1) / page_size)};
 }
 
 void decode_schedule(TensorView sizes, TensorView row_order, TensorView segment_rows, TensorView segment_positions,
@@ -96,8 +96,7 @@ void decode(TensorView q, TensorView k_cache, TensorView v_cache, TensorView pag
   fill_attention(p, q, k_cache, v_cache, out, scale, logit_cap, sinks);
   p.batch = batch;
   p.page_size = page_size;
-  p.page_magic = division_by(page_size).magic;
-  p.page_shift = division_by(page_size).shift;
+  p.by_page = division_by(page_size);
   p.page_indices = int_array("page_indices", page_indices, workspace, 1);
   p.page_capacity = page_indices.numel();
   const cudaStream_t stream = current_stream(workspace);

@@ -17,8 +17,9 @@ from flashcore_sglang import build
 from flashcore_sglang.config import CostModel
 from flashcore_sglang.config import cost_model as measured_cost_model
 from flashcore_sglang.layout import CsrLayout, page_table
+from flashcore_sglang.requirements import GPU_MAX_REQUESTS
 
-MAX_ROWS = 1024
+MAX_ROWS = GPU_MAX_REQUESTS
 _INT_MAX = 2**31 - 1
 
 

@@ -15,8 +15,9 @@ from flashcore_sglang.config import GatherModel, gather_model
 from flashcore_sglang.device_pager import DeviceLayout, DevicePager
 
 PARTIAL_CAPACITY = 512
-MAX_GATHER_SLOTS = 1 << 20  # kMaxGatherSlots of csrc/attention/extend_params.h
-"""Chunks of tiles that were cut because there are few of them; each is 128 rows of D floats."""
+"""Chunks of tiles that were cut because there are few of them; each is a tile's rows of D floats."""
+MAX_GATHER_SLOTS = 1 << 20
+"""kMaxGatherSlots of csrc/attention/extend_params.h."""
 
 
 class Visible(IntEnum):
@@ -61,10 +62,10 @@ class GpuExtend:
         self._num_tokens, self._windowed = 0, False
         self._device, self._page_size = device, pager.page_size
         self._gather = gather or gather_model("hopper")
-        self._gathered, self._gathers = self._reserve_gathered(), False
-        self._reserve(max_tokens)
+        self._gathered, self._gathers = self._make_gathered(), False
+        self._max_tokens, self._workspace = max_tokens, self._make_workspace(max_tokens)
 
-    def _reserve_gathered(self) -> torch.Tensor:
+    def _make_gathered(self) -> torch.Tensor:
         """[2, slots, G, D] of two bytes: copies of K and V."""
         slot_bytes = 2 * self._kv_heads * self._head_dim * 2
         slots = (self._gather.mebibytes << 20) // slot_bytes if self._page_size <= self._gather.max_page_size else 0
@@ -72,14 +73,11 @@ class GpuExtend:
         shape = (2, slots, self._kv_heads, 2 * self._head_dim)
         return torch.empty(shape, dtype=torch.uint8, device=self._device)
 
-    def _reserve(self, max_tokens: int) -> None:
-        self._max_tokens = max_tokens
+    def _make_workspace(self, max_tokens: int) -> torch.Tensor:
         size = self._library.extend_workspace_bytes(
             self.max_rows, max_tokens, self._heads, self._kv_heads, self._head_dim, PARTIAL_CAPACITY
         )
-        if (old := getattr(self, "_workspace", None)) is not None and old.is_cuda:
-            old.record_stream(torch.cuda.current_stream(old.device))  # a step of before may still read it
-        self._workspace = torch.empty(size, dtype=torch.uint8, device=self._device)
+        return torch.empty(size, dtype=torch.uint8, device=self._device)
 
     @property
     def num_tokens(self) -> int:
@@ -116,7 +114,10 @@ class GpuExtend:
         Raises ValueError for shapes, dtypes or sizes that do not fit.
         """
         if num_tokens > self._max_tokens:
-            self._reserve(max(num_tokens, 2 * self._max_tokens))
+            # A step of before may still read the old one.
+            self._workspace.record_stream(torch.cuda.current_stream(self._workspace.device))
+            self._max_tokens = max(num_tokens, 2 * self._max_tokens)
+            self._workspace = self._make_workspace(self._max_tokens)
         self._num_tokens, self._windowed = num_tokens, window_left >= 0
         q_rows = num_tokens * (self._heads // self._kv_heads)
         self._gathers = self._gathered.numel() > 0 and q_rows >= self._gather.rows_scattered and not self._windowed

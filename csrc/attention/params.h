@@ -21,8 +21,13 @@ constexpr int kOwnerShift = 16;
 
 // t / page_size = t * magic >> shift for every t of 31 bits.
 struct PageDivision {
-  uint32_t magic;
   int shift;
+  uint32_t magic;
+#ifdef __CUDACC__
+  __device__ __forceinline__ int operator()(int t) const {
+    return static_cast<int>((static_cast<uint64_t>(t) * magic) >> shift);
+  }
+#endif
 };
 
 // The pager's output (see the layout's documentation). Device memory, int32, not owned. For decode all rows begin at
@@ -159,8 +164,8 @@ struct DecodeParams {
   int64_t kv_slot_stride, kv_head_stride;  // the same for k and v
   uint32_t kv_slot_units, kv_head_units;   // the same in 16 bytes
   int batch, heads, kv_heads, ratio, num_slots, page_capacity;
-  int page_size, page_shift;  // t / page_size = t * page_magic >> page_shift for every t of 31 bits
-  uint32_t page_magic;
+  int page_size;
+  PageDivision by_page;
   float scale_log2;      // scale * log2(e); with a cap log2(e) alone, the cap has applied the scale
   float logit_cap;       // 0: none
   float cap_scale_log2;  // 2 * scale / logit_cap * log2(e)

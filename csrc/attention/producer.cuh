@@ -16,11 +16,6 @@ struct Pages {
   int of[kBlock][kGroups];
 };
 
-// The page of token `t`, counted from the start of the item's first page: t / page_size without a division.
-__device__ __forceinline__ int page_of(const DecodeParams& p, int t) {
-  return static_cast<int>((static_cast<uint64_t>(t) * p.page_magic) >> p.page_shift);
-}
-
 template <class C>
 __device__ __forceinline__ Pages<C> load_pages(const DecodeParams& p, const WorkItem& item, int tile, int lane) {
   Pages<C> r;
@@ -30,7 +25,7 @@ __device__ __forceinline__ Pages<C> load_pages(const DecodeParams& p, const Work
     for (int g = 0; g < Pages<C>::kGroups; ++g) {
       const int t = tile + i * C::kTile + g * 32 + lane;
       r.of[i][g] = t < item.num_tokens
-                       ? __ldg(p.page_indices + min(item.page + page_of(p, item.token + t), p.page_capacity - 1))
+                       ? __ldg(p.page_indices + min(item.page + p.by_page(item.token + t), p.page_capacity - 1))
                        : 0;
     }
   }
@@ -56,7 +51,7 @@ __device__ __forceinline__ Pages<C> load_start_pages(const DecodeParams& p, int 
 __device__ __forceinline__ int slot_of(const DecodeParams& p, const WorkItem& item, int page, int t) {
   if (t >= item.num_tokens) return -1;
   const int at = item.token + t;
-  const uint32_t slot = static_cast<uint32_t>(page) * p.page_size + (at - page_of(p, at) * p.page_size);
+  const uint32_t slot = static_cast<uint32_t>(page) * p.page_size + (at - p.by_page(at) * p.page_size);
   return slot < static_cast<uint32_t>(p.num_slots) && page >= 0 ? static_cast<int>(slot) : p.num_slots - 1;
 }
 
@@ -217,7 +212,7 @@ __device__ __forceinline__ void load_kv(const DecodeParams& p, SharedStorage<C>&
   }
 }
 
-// The q_rows of one warpgroup, and where their results go. `info`: of the lane's two q_rows, lane and lane + 32.
+// The q_rows of one warpgroup, and where their results go. A lane looks up two of them: lane and lane + 32.
 template <class C>
 __device__ __forceinline__ void load_q_half(const DecodeParams& p, SharedStorage<C>& s, const WorkItem& item, int half,
                                             int warpgroup, int lane) {

@@ -56,7 +56,7 @@ struct Shared {
   Trials trials[2];
   unsigned sums[6][kWarps];
   u64 scratch64[4][kWarps];
-  int scratch[1][kWarps];
+  int scratch[kWarps];
 };
 static_assert(kMaxBatch < 1 << 15);
 
@@ -67,10 +67,6 @@ __device__ __forceinline__ int ceil_div(int a, int b) {
 }
 __device__ __forceinline__ int floor_div(int a, int b) { return ceil_div(a + 1, b) - 1; }
 
-__device__ __forceinline__ int page_of(const ScheduleParams& p, int t) {
-  return static_cast<int>((static_cast<u64>(t) * p.by_page.magic) >> p.by_page.shift);
-}
-
 __device__ __forceinline__ int4 read_shape(const ScheduleParams& p, int segment) {
   const LayoutView& l = p.layout;
   const int page = min(max(l.page_indptr[segment], 0), l.page_capacity);
@@ -78,7 +74,7 @@ __device__ __forceinline__ int4 read_shape(const ScheduleParams& p, int segment)
              positions = reinterpret_cast<const int2*>(l.segment_positions)[segment];
   const int row_begin = min(max(rows.x, 0), l.batch - 1), begin = max(positions.x, 0);
   const int count = min(max(rows.y, row_begin), l.batch) - row_begin;
-  const int token = begin - page_of(p, begin) * l.page_size;
+  const int token = begin - p.by_page(begin) * l.page_size;
   // Never more tokens than there are page entries, so that no item walks off them.
   const int64_t held = static_cast<int64_t>(l.page_capacity - page) * l.page_size - token;
   const int64_t wanted = static_cast<int64_t>(positions.y) - begin;
@@ -302,7 +298,7 @@ __device__ __forceinline__ void write_starts(const ScheduleParams& p, const Shar
     if (cta == begin || item.kv_head == 0) {
 #pragma unroll
       for (int g = 0; g < kStartTokens / 32; ++g) {  // all loads before the first use
-        const int t = g * 32 + lane, at = item.page + page_of(p, item.token + t);
+        const int t = g * 32 + lane, at = item.page + p.by_page(item.token + t);
         pages[g] = t < item.num_tokens ? p.layout.page_indices[min(at, p.layout.page_capacity - 1)] : 0;
       }
     }
@@ -354,23 +350,23 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(const __grid_constan
   at[kNarrow] += (counts[kNarrow] << 16) + (counts[kNarrow] << 32) + (counts[kNarrow] << 48);
 
   // Rows: their pieces take the place of those begun there, the pieces ended before them that of those ended there.
-  int slots[1] = {0}, all_slots[1];
+  int slots = 0, all_slots;
 #pragma unroll 1
   for (int i = first_row; i < end_row; ++i) {
     at[3] += static_cast<u64>(s.begun[i]) << 32 | static_cast<unsigned>(s.ended[i]);
     const int ended = static_cast<int>(at[3]), pieces = static_cast<int>(at[3] >> 32) - ended;
     s.begun[i] = pieces;
     s.ended[i] = ended;
-    slots[0] += pieces > 1 ? pieces : 0;
+    slots += pieces > 1 ? pieces : 0;
   }
-  block_scan<kWarps>(slots, all_slots, s.scratch);
+  int slot = block_scan<kWarps>(slots, s.scratch, all_slots);
 #pragma unroll 1
   for (int i = first_row; i < end_row; ++i) {
     const int pieces = s.begun[i], wanted = pieces > 1 ? pieces : 0;
     // Too many for the partial slots, which sound tables cannot bring about: the row gets no result.
-    const bool sound = pieces >= 0 && slots[0] >= 0 && slots[0] <= p.work.partial_capacity - wanted;
-    reinterpret_cast<int4*>(p.work.rows)[i] = make_int4(s.row[i], sound ? pieces : -1, slots[0], 0);
-    slots[0] += wanted;
+    const bool sound = pieces >= 0 && slot >= 0 && slot <= p.work.partial_capacity - wanted;
+    reinterpret_cast<int4*>(p.work.rows)[i] = make_int4(s.row[i], sound ? pieces : -1, slot, 0);
+    slot += wanted;
   }
 
 #pragma unroll 1

@@ -12,6 +12,7 @@ from __future__ import annotations
 import pathlib
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -34,15 +35,19 @@ TREE: tuple[Level, ...] = ((2, 256), ((3, 5), 128), (8, 33))
 
 
 @dataclass
-class DecodeCase:
+class Case:
     name: str
-    levels: tuple[Level, ...]
+    requests: Any  # as for forest, for batch
     head_dim: int = 128
     dtype: torch.dtype = torch.bfloat16
     page_size: int = 1
     order: str = "runs"
     logit_cap: float = 0.0
     sinks: bool = False
+
+
+@dataclass
+class DecodeCase(Case):
     lens: list[int] | None = None
     graph: bool = False
 
@@ -61,15 +66,7 @@ DECODE = (
 
 
 @dataclass
-class ExtendCase:
-    name: str
-    groups: list[tuple[int, list[tuple[int, int]]]]
-    head_dim: int = 128
-    dtype: torch.dtype = torch.bfloat16
-    page_size: int = 1
-    order: str = "runs"
-    logit_cap: float = 0.0
-    sinks: bool = False
+class ExtendCase(Case):
     window_left: int = -1
     tree: bool = False
     gather: bool = False  # however few queries there are
@@ -87,7 +84,7 @@ EXTEND = (
 
 def run_decode(case: DecodeCase) -> None:
     heads, kv_heads = 8, 2
-    f = forest(case.levels, case.page_size, case.order, case.lens)
+    f = forest(case.requests, case.page_size, case.order, case.lens)
     decode = GpuDecode(
         page_size=case.page_size, num_pages=f.num_pages, max_rows=f.batch, max_tokens=f.table.shape[1],
         heads=heads, kv_heads=kv_heads, head_dim=case.head_dim,
@@ -118,7 +115,7 @@ def run_decode(case: DecodeCase) -> None:
 
 def run_extend(case: ExtendCase) -> None:
     heads, kv_heads = 8, 2
-    b = batch(case.groups, case.page_size, case.order)
+    b = batch(case.requests, case.page_size, case.order)
     visible = Visible.MASKED if case.tree else Visible.CAUSAL
     gather = GatherModel(mebibytes=2, max_page_size=32, rows_scattered=1, rows_boxed=1) if case.gather else None
     extend = Extend(
