@@ -153,14 +153,18 @@ __device__ __forceinline__ void attend(const DecodeParams& p, SharedStorage<C>& 
     // scores are there; P.V of the tile before runs on under the softmax
     ptx::wgmma_touch(scores);
     if constexpr (!kLateRelease) release(ptx::smem_address(&s.k_empty[ring.k().slot()]), item);
-    softmax_step<C, kTile>(p, scores, acc, alpha, valid);
+    cap_scores<kTile, C::kQInRegisters ? 8 : kTile / 2>(p, scores);
+    hide_past<kTile>(scores, valid);
+    const bool grew = softmax_rows<C, kTile>(p, scores, acc, alpha);
     if (kLateRelease && !(acc.sum[0] + acc.sum[1] < 0.f)) release(ptx::smem_address(&s.k_empty[ring.k().slot()]), item);
     ptx::wgmma_wait<0>();
     ptx::wgmma_touch(acc.o);
     if (valid < item.num_tokens) release(ptx::smem_address(&s.v_empty[value().slot()]), item);
     ring.advance();
+    if (grew) {
 #pragma unroll
-    for (int i = 0; i < C::kHeadDim / 2; ++i) acc.o[i] *= alpha[(i >> 1) & 1];
+      for (int i = 0; i < C::kHeadDim / 2; ++i) acc.o[i] *= alpha[(i >> 1) & 1];
+    }
     round_probs<C, kTile>(probs, scores);
   }
   if (item.num_tokens > kTile) wait_issued(&s.issued[1], value(), 0, kTile);

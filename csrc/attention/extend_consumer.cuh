@@ -1,8 +1,11 @@
-// Consumer warpgroups: the KV tiles of an item through the two products (extend_products.cuh), masks, and results.
+// Consumer warpgroups: the KV tiles of an item through the two products (products.cuh), masks, and results.
 #pragma once
-#include "attention/extend_products.cuh"
+#include "attention/extend_tiles.cuh"
+#include "attention/products.cuh"
 
 namespace flashcore::extend {
+
+using decode::Accumulators;
 
 __device__ __forceinline__ int warpgroup_id() { return ptx::thread_id() / 128 - 1; }
 // The first of the thread's two rows of its item's tile; the other one is 8 below.
@@ -286,13 +289,14 @@ __device__ __forceinline__ void mask_and_cap(const Params& p, const Item& item, 
 }
 
 // What comes after a tile: its V and the K of the next tile. Looked for while there is other work, because the answers
-// of a barrier and of shared memory take 100 cycles.
+// of a barrier and of shared memory take 100 cycles. The flags are read only behind the answer: a read that is issued
+// behind a pending try_wait may overtake it, and find what was there before.
 template <class C>
 struct Ahead {
   Ring<C::kBuffers> v, k;
   int tile;
   uint32_t flags;
-  bool ready;  // both are there, and so `flags` are the tile's
+  bool ready;  // both are there
 
   __device__ __forceinline__ void look(SharedStorage<C>& s, const Ring<C::kBuffers>& ring, int current) {
     v = ring.next();
@@ -300,8 +304,9 @@ struct Ahead {
     tile = (current + 1) % kTiles;
     const bool v_ready = test_full<C>(s, v), k_ready = test_full<C>(s, k);
     ready = v_ready && k_ready;
-    // Read before it is known to be there, and then not used: a race that racecheck must not see.
-    if (!ptx::kForRacecheck || ready) flags = s.tiles[tile].bits >> kFlagShift;
+  }
+  __device__ __forceinline__ void read(const SharedStorage<C>& s) {
+    flags = ptx::load_shared_if(ready, ptx::smem_address(&s.tiles[tile].bits)) >> kFlagShift;
   }
   __device__ __forceinline__ void wait(SharedStorage<C>& s) {
     if (ready) return;
@@ -336,14 +341,15 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage<C>& s) {
   see_scattered(flags);
   ptx::wgmma_touch(scores);
   ptx::wgmma_fence();
-  issue_qk<C, kTile>(scores, q, q_smem, ptx::smem_address(s.buffers[ring.slot()]));
+  decode::issue_qk<C, kTile>(scores, q, q_smem, ptx::smem_address(s.buffers[ring.slot()]));
   ptx::wgmma_wait<0>();
   ptx::wgmma_touch(scores);
   release<C>(s, ring, signals);
   leave_q<C>(s, flags);
   mask_and_cap<C>(p, s.items[item], s.tiles[tile], flags, scores, rows);
-  softmax_rows<C, kTile>(p, scores, acc, alpha);
+  decode::softmax_rows<C, kTile>(p, scores, acc, alpha);
   ahead.look(s, ring, tile);
+  ahead.read(s);
   decode::round_probs<C, kTile>(probs, scores);
 
 #pragma unroll 1
@@ -362,8 +368,8 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage<C>& s) {
     ptx::wgmma_touch(scores);
     ptx::wgmma_touch(acc.o);
     ptx::wgmma_fence();
-    issue_qk<C, kTile>(scores, q, q_smem, ptx::smem_address(s.buffers[ring.slot()]));
-    issue_pv<C, kTile>(acc.o, probs, ptx::smem_address(s.buffers[ahead.v.slot()]));
+    decode::issue_qk<C, kTile>(scores, q, q_smem, ptx::smem_address(s.buffers[ring.slot()]));
+    decode::issue_pv<C, kTile>(acc.o, probs, ptx::smem_address(s.buffers[ahead.v.slot()]));
     ptx::wgmma_wait<1>();
     // scores are there; P V of the tile before runs on under the softmax
     ptx::wgmma_touch(scores);
@@ -379,7 +385,7 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage<C>& s) {
       reset<C>(acc);
     }
     mask_and_cap<C>(p, s.items[item % kItems], s.tiles[tile], flags, scores, rows);
-    const bool grew = softmax_rows<C, kTile>(p, scores, acc, alpha);
+    const bool grew = decode::softmax_rows<C, kTile>(p, scores, acc, alpha);
     const Ring<C::kBuffers> v_ring = ahead.v;
     ahead.look(s, ring, tile);
     if (!first) {
@@ -391,12 +397,13 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage<C>& s) {
         for (int i = 0; i < C::kHeadDim / 2; ++i) acc.o[i] *= alpha[(i >> 1) & 1];
       }
     }
+    ahead.read(s);
     decode::round_probs<C, kTile>(probs, scores);
   }
   see_scattered(flags);
   ptx::wgmma_touch(acc.o);
   ptx::wgmma_fence();
-  issue_pv<C, kTile>(acc.o, probs, ptx::smem_address(s.buffers[ahead.v.slot()]));
+  decode::issue_pv<C, kTile>(acc.o, probs, ptx::smem_address(s.buffers[ahead.v.slot()]));
   ptx::wgmma_wait<0>();
   ptx::wgmma_touch(acc.o);
   finish_item<C>(p, s, s.items[item % kItems], acc, rows);

@@ -19,16 +19,18 @@ template <class C, int kTile>
 __device__ __forceinline__ void issue_qk(float (&scores)[kTile / 2],
                                          const uint32_t (&q)[C::kQInRegisters ? C::kHeadDim / 16 : 1][4],
                                          uint32_t q_smem, uint32_t k_smem) {
+  const uint64_t k_first = ptx::wgmma_descriptor(k_smem, 16, C::kGroupBytes);
+  uint32_t q_at = q_smem;
+  asm volatile("" : "+r"(q_at));  // keeps the 16 descriptors from being held in registers across tiles
+  const uint64_t q_first = ptx::wgmma_descriptor(q_at, 16, C::kGroupBytes);
 #pragma unroll
   for (int step = 0; step < C::kHeadDim / 16; ++step) {
     const uint32_t at = (step / 4) * 1024 + (step % 4) * 32;
-    const uint64_t k_desc = ptx::wgmma_descriptor(k_smem + at, 16, C::kGroupBytes);
+    const uint64_t k_desc = ptx::wgmma_advance(k_first, at);
     if constexpr (C::kQInRegisters) {
       ptx::wgmma<typename C::T, kTile, 0>(scores, q[step], k_desc, step > 0);
     } else {
-      uint32_t q_at = q_smem + at;
-      asm volatile("" : "+r"(q_at));  // keeps the 16 descriptors from being held in registers across tiles
-      ptx::wgmma<typename C::T, kTile, 0>(scores, ptx::wgmma_descriptor(q_at, 16, C::kGroupBytes), k_desc, step > 0);
+      ptx::wgmma<typename C::T, kTile, 0>(scores, ptx::wgmma_advance(q_first, at), k_desc, step > 0);
     }
   }
   ptx::wgmma_commit();
@@ -38,11 +40,11 @@ __device__ __forceinline__ void issue_qk(float (&scores)[kTile / 2],
 template <class C, int kTile>
 __device__ __forceinline__ void issue_pv(float (&o)[C::kHeadDim / 2], const uint32_t (&probs)[kTile / 16][4],
                                          uint32_t v_smem, int accumulate = 1) {
+  const uint64_t v_first = ptx::wgmma_descriptor(v_smem, 1024, C::kGroupBytes);
 #pragma unroll
   for (int step = 0; step < kTile / 16; ++step) {
-    ptx::wgmma<typename C::T, C::kHeadDim, 1>(
-        o, probs[step], ptx::wgmma_descriptor(v_smem + step * 2 * C::kGroupBytes, 1024, C::kGroupBytes),
-        step > 0 ? 1 : accumulate);
+    ptx::wgmma<typename C::T, C::kHeadDim, 1>(o, probs[step], ptx::wgmma_advance(v_first, step * 2 * C::kGroupBytes),
+                                              step > 0 ? 1 : accumulate);
   }
   ptx::wgmma_commit();
 }
@@ -98,31 +100,44 @@ __device__ __forceinline__ float exponentiate_row(const Params& p, float (&score
   return sum;
 }
 
-// Scores to probabilities in place; returns in `alpha` what the two rows' old sums and outputs are to be multiplied
-// with. `valid` tokens of the tile exist (>= 1, so the new maximum is finite and (-inf) - (-inf) cannot occur).
-template <class C, int kTile, class Params>
-__device__ __forceinline__ void softmax_step(const Params& p, float (&scores)[kTile / 2], Accumulators<C>& acc,
-                                             float (&alpha)[2], int valid) {
-  cap_scores<kTile, C::kQInRegisters ? 8 : kTile / 2>(p, scores);
-  if (valid < kTile) {
-    const int limit = valid - (ptx::thread_id() & 3) * 2;
+// Scores of tokens that do not exist: `valid` of the tile do.
+template <int kTile>
+__device__ __forceinline__ void hide_past(float (&scores)[kTile / 2], int valid) {
+  if (valid >= kTile) return;
+  const int limit = valid - (ptx::thread_id() & 3) * 2;
 #pragma unroll
-    for (int i = 0; i < kTile / 2; ++i) {
-      if ((i / 4) * 8 + (i & 1) >= limit) scores[i] = -INFINITY;
-    }
+  for (int i = 0; i < kTile / 2; ++i) {
+    if ((i / 4) * 8 + (i & 1) >= limit) scores[i] = -INFINITY;
   }
+}
+
+// A row's scores may exceed the maximum that its sums and outputs are relative to by this power of two before they are
+// brought to the new one. P up to 2^8 loses nothing in floating point, and most tiles need no multiplication of O.
+constexpr float kSlackLog2 = 8.f;
+
+// Scores, of which some or all may be -inf, to probabilities in place; in `alpha` what the two rows' old sums and
+// outputs are to be multiplied with. Returns whether that is anything but 1 in any row of the warp.
+template <class C, int kTile, class Params>
+__device__ __forceinline__ bool softmax_rows(const Params& p, float (&scores)[kTile / 2], Accumulators<C>& acc,
+                                             float (&alpha)[2]) {
+  bool grew[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float best = acc.max[r];
+    float part[4] = {acc.max[r], -INFINITY, -INFINITY, -INFINITY};  // four chains: one alone waits for itself
 #pragma unroll
-    for (int j = 0; j < kTile / 8; ++j) best = fmaxf(best, fmaxf(scores[j * 4 + r * 2], scores[j * 4 + r * 2 + 1]));
+    for (int j = 0; j < kTile / 8; ++j)
+      part[j % 4] = fmaxf(part[j % 4], fmaxf(scores[j * 4 + r * 2], scores[j * 4 + r * 2 + 1]));
+    float best = fmaxf(fmaxf(part[0], part[1]), fmaxf(part[2], part[3]));
     best = fmaxf(best, __shfl_xor_sync(~0u, best, 1));
     best = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
-    alpha[r] = ptx::exp2_approx((acc.max[r] - best) * p.scale_log2);
-    acc.max[r] = best;
-    const float sum = exponentiate_row<kTile>(p, scores, r, best * p.scale_log2);
+    grew[r] = (best - acc.max[r]) * p.scale_log2 > kSlackLog2;  // not if both are -inf
+    alpha[r] = grew[r] ? ptx::exp2_approx((acc.max[r] - best) * p.scale_log2) : 1.f;
+    acc.max[r] = grew[r] ? best : acc.max[r];
+    const float base = acc.max[r] == -INFINITY ? 0.f : acc.max[r];  // prevents (-inf) - (-inf)
+    const float sum = exponentiate_row<kTile>(p, scores, r, base * p.scale_log2);
     acc.sum[r] = acc.sum[r] * alpha[r] + sum;
   }
+  return __any_sync(~0u, grew[0] || grew[1]);
 }
 
 template <class C>

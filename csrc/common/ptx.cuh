@@ -122,6 +122,16 @@ __device__ __forceinline__ int load_acquire(uint32_t smem) {
   return value;
 }
 
+// The load waits for the condition; else 0. A plain load under an `if` may be executed before the condition is known.
+__device__ __forceinline__ uint32_t load_shared_if(bool condition, uint32_t smem) {
+  uint32_t value = 0;
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p ld.shared::cta.b32 %0, [%1];\n}"
+               : "+r"(value)
+               : "r"(smem), "r"(static_cast<int>(condition))
+               : "memory");
+  return value;
+}
+
 // ---- warps and grids ----
 // threadIdx.x read anew at every use: in the main loops a register that holds it is one too many.
 __device__ __forceinline__ int thread_id() {

@@ -110,6 +110,7 @@ class Extend:
         sharing: bool = True,
         cost_model: CostModel = SHARE_ALWAYS,
         gather: GatherModel | None = None,
+        max_tokens: int | None = None,
         poison: bool = True,
     ) -> None:
         self.poison = poison  # partial results and gathered K and V with NaN before each run
@@ -127,7 +128,7 @@ class Extend:
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
-            max_tokens=max(b.num_tokens, 1),
+            max_tokens=max_tokens or max(b.num_tokens, 1),
             gather=gather,
         )
         self.seq_lens, self.q_lens = b.seq_lens.cuda(), b.q_lens.cuda()

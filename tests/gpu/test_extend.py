@@ -249,9 +249,10 @@ def test_without_sharing_results_agree():
 
 def test_a_larger_step_than_any_before_is_served():
     b = batch([(0, [(0, 300)])])
-    q, k, v, e = _setup(b)
-    e.kernels._reserve(16)
+    q, k, v, e = _setup(b, max_tokens=16)
+    before = e.kernels.mebibytes
     e.plan()
+    assert e.kernels.mebibytes > before
     assert_accurate(e(q, k, v, scale=0.1), exact(e, q, k, v, scale=0.1))
 
 
