@@ -53,11 +53,14 @@ __device__ __forceinline__ void plan_tile(const Params& p, SharedStorage<C>& s, 
     if (k == 0) start = __shfl_sync(~0u, slot, 0);
     consecutive = consecutive && slot >= 0 && slot == start + k * 32 + lane;
     const int leader = __shfl_sync(~0u, slot, lane & ~7);
-    const uint32_t good = __ballot_sync(~0u, slot >= 0 && slot == leader + (lane & 7));
+    // Groups past the end are boxes past the end of the pool, which TMA fills with zeros.
+    const uint32_t good = __ballot_sync(~0u, leader < 0 || (slot >= 0 && slot == leader + (lane & 7)));
 #pragma unroll
     for (int g = 0; g < 4; ++g) boxes |= ((good >> (8 * g)) & 0xFF) == 0xFF ? 1u << (k * 4 + g) : 0u;
     const bool boxed = ((good >> (lane & ~7)) & 0xFF) == 0xFF;
-    s.slots[ring.slot()][k * 32 + lane] = boxed ? slot : slot < 0 ? kNoToken : slot * p.kv_slot_units;
+    s.slots[ring.slot()][k * 32 + lane] = boxed      ? (slot < 0 ? p.num_slots : slot)
+                                          : slot < 0 ? kNoToken
+                                                     : slot * p.kv_slot_units;
   }
   // Behind the end of gathered tokens lie zeros.
   if (piece.gathered > 0) start = piece.gathered - 1 + token;
