@@ -424,7 +424,8 @@ __device__ __forceinline__ int bucket_of(const ScheduleParams& p, const Shared& 
                                          int longest, int64_t part) {
   const int k = s.leader[item.kv_head], end = s.bundle_end[k];
   const int64_t begin = s.kv_begin[k], tokens = s.kv_begin[end] - begin;
-  const int at = static_cast<int>(min((begin * p.kv_heads + tokens * head) / part, int64_t{kParts - 1}));
+  const int64_t wanted = (begin * p.kv_heads + tokens * head) / part;  // lengths out of range may make it negative
+  const int at = static_cast<int>(min(max(wanted, int64_t{0}), int64_t{kParts - 1}));
   return at * kLengths + kLengths - 1 - static_cast<int>(int64_t{size} * (kLengths - 1) / longest);
 }
 

@@ -58,7 +58,7 @@ constexpr int kTiles = 16, kItems = 16;
 
 template <class C>
 struct SharedStorage {
-  static_assert(kPlanned + C::kBuffers / 2 + 2 < kTiles);
+  static_assert(kPlanned + C::kBuffers / 2 + 2 < kTiles && kPlanned + C::kBuffers / 2 + 2 < kItems);
   alignas(1024) char buffers[C::kBuffers][C::kBufferBytes];
   alignas(1024) char q[C::kWarpgroups][64 * C::kRowBytes];
   uint32_t slots[kPlanned][C::kTile];  // of tokens in boxes; of others where they lie in the pool, in 16 bytes

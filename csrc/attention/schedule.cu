@@ -390,8 +390,8 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(const __grid_constan
   if (tid == 0) {
     ScheduleHeader& h = *p.work.header;
     h.taken[0] = h.taken[1] = 0;
-    h.entries[0] = wide_entries;
-    h.entries[1] = narrow_entries;
+    h.entries[0] = min(wide_entries, p.work.entry_capacity);
+    h.entries[1] = min(narrow_entries, p.work.entry_capacity);
     h.wide_ctas = choice.wide_ctas;
     h.overflow = !choice.fits;
   }

@@ -70,7 +70,7 @@ int64_t lay_out_staging(StagingArrays& a, const DevicePagerParams& p, int* base,
   take(a.tile_counts, "staged.tile_counts", (entries + kStagingTile - 1) / kStagingTile * 4);
   take(a.first_part, "staged.first_part", 3 * rows + 1);
   take(a.run_end, "staged.run_end", entries);
-  a.missing_words = (p.num_pages + 31) / 32;
+  a.missing_words = static_cast<int>((int64_t{p.num_pages} + 31) / 32);
   take(a.missing, "staged.missing", a.missing_words);
   return at;
 }
