@@ -11,6 +11,7 @@ import torch
 from flashcore_sglang import build
 from flashcore_sglang.config import schedule_costs
 from flashcore_sglang.device_pager import MAX_ROWS, DevicePager
+from flashcore_sglang.device_window import DeviceWindow
 
 
 def partial_capacity(max_rows: int) -> int:
@@ -28,6 +29,7 @@ class GpuDecode:
         heads, kv_heads, head_dim: of the model's attention on this GPU.
         sharing:    False: every request reads its own pages.
         deterministic: a request's result does not depend on the batch: no sharing, and its tokens are not split.
+        pager:      of the same pool and sizes, to use one for several shapes of heads, or a window's; None: its own.
         device:     a Hopper GPU.
 
     Raises ValueError for sizes that are not served, RuntimeError if the library cannot be compiled.
@@ -45,6 +47,7 @@ class GpuDecode:
         head_dim: int,
         sharing: bool = True,
         deterministic: bool = False,
+        pager: DevicePager | DeviceWindow | None = None,
         device: torch.device | str = "cuda",
     ) -> None:
         if not 1 <= max_rows <= MAX_ROWS:
@@ -54,7 +57,7 @@ class GpuDecode:
         self._library = build.library("cuda")
         # A request that is read in one piece needs no slot; the schedule splits none where there is no room to.
         self._partials = 1 if deterministic else partial_capacity(max_rows)
-        self.pager = DevicePager(
+        self.pager: DevicePager | DeviceWindow = pager or DevicePager(
             page_size,
             max_rows=max_rows,
             max_tokens=max_tokens,
@@ -77,12 +80,21 @@ class GpuDecode:
     @property
     def mebibytes(self) -> float:
         """Device memory of all buffers."""
-        return self.pager.mebibytes + self._workspace.numel() / 2**20
+        return self.pager.mebibytes + self.workspace_mebibytes
+
+    @property
+    def workspace_mebibytes(self) -> float:
+        """Device memory of the workspace; the pager's is its own."""
+        return self._workspace.numel() / 2**20
 
     def snapshot(self, req_to_token: torch.Tensor, req_pool_indices: torch.Tensor, seq_lens: torch.Tensor) -> None:
         """Copies what the batch reads; arguments as for ``DevicePager.snapshot``. Not for capture."""
         self.pager.snapshot(req_to_token, req_pool_indices, seq_lens)
-        self._layout = self.pager.layout(req_pool_indices.numel())
+        self.use(req_pool_indices.numel())
+
+    def use(self, num_rows: int) -> None:
+        """Takes the pager's snapshot of ``num_rows`` rows, which another has made."""
+        self._layout = self.pager.layout(num_rows)
 
     def plan(self) -> None:
         """Segments and work list of the last snapshot's batch, once for all layers. Capturable."""

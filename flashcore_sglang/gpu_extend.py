@@ -13,6 +13,7 @@ import torch
 from flashcore_sglang import build
 from flashcore_sglang.config import GatherModel, gather_model
 from flashcore_sglang.device_pager import DeviceLayout, DevicePager
+from flashcore_sglang.device_window import DeviceWindow
 
 PARTIAL_CAPACITY = 512
 """Chunks of tiles that were cut because there are few of them; each is a tile's rows of D floats."""
@@ -36,8 +37,12 @@ class GpuExtend:
 
     Args:
         pager:      of the same KV pool; decode's may be used, as steps follow each other. Page sizes are powers of two.
+                    Of a window: positions, and ``plan``'s lengths, are those that it counts.
         heads, kv_heads, head_dim: of the model's attention on this GPU.
-        max_tokens: query tokens that there is room for at first; a larger step allocates more.
+        max_tokens: query tokens that there is room for at first; a larger step allocates more, which those that are
+                    captured must not.
+        deterministic: a token's result does not depend on the batch or on how its request was cut into chunks, if the
+                    pager shares nothing: tiles are not cut.
         device:     a Hopper GPU.
         gather:     when scattered K and V are copied to consecutive slots first; None: as configs/gather.json says.
 
@@ -46,12 +51,13 @@ class GpuExtend:
 
     def __init__(
         self,
-        pager: DevicePager,
+        pager: DevicePager | DeviceWindow,
         *,
         heads: int,
         kv_heads: int,
         head_dim: int,
         max_tokens: int = 8192,
+        deterministic: bool = False,
         device: torch.device | str = "cuda",
         gather: GatherModel | None = None,
     ) -> None:
@@ -61,6 +67,7 @@ class GpuExtend:
         self._layout: DeviceLayout = pager.layout(1)
         self._num_tokens, self._windowed = 0, False
         self._device, self._page_size = device, pager.page_size
+        self._partials = 0 if deterministic else PARTIAL_CAPACITY
         self._gather = gather or gather_model("hopper")
         self._gathered, self._gathers = self._make_gathered(), False
         self._max_tokens, self._workspace = max_tokens, self._make_workspace(max_tokens)
@@ -75,7 +82,7 @@ class GpuExtend:
 
     def _make_workspace(self, max_tokens: int) -> torch.Tensor:
         size = self._library.extend_workspace_bytes(
-            self.max_rows, max_tokens, self._heads, self._kv_heads, self._head_dim, PARTIAL_CAPACITY
+            self.max_rows, max_tokens, self._heads, self._kv_heads, self._head_dim, self._partials
         )
         return torch.empty(size, dtype=torch.uint8, device=self._device)
 
@@ -92,7 +99,11 @@ class GpuExtend:
     def snapshot(self, req_to_token: torch.Tensor, req_pool_indices: torch.Tensor, seq_lens: torch.Tensor) -> None:
         """Copies what the batch reads; arguments as for ``DevicePager.snapshot``. ``seq_lens`` count the new tokens."""
         self.pager.snapshot(req_to_token, req_pool_indices, seq_lens)
-        self._layout = self.pager.layout(req_pool_indices.numel())
+        self.use(req_pool_indices.numel())
+
+    def use(self, num_rows: int) -> None:
+        """Takes the pager's snapshot of ``num_rows`` rows, which another has made."""
+        self._layout = self.pager.layout(num_rows)
 
     def plan(
         self,
@@ -126,7 +137,7 @@ class GpuExtend:
         self._library.extend_schedule(
             x.sizes, x.row_order, x.segment_rows, x.segment_positions, x.segment_entries, x.row_indptr, x.row_segments,
             seq_lens, q_lens, self._workspace, num_tokens, self.pager.table_stride, x.page_size, self.max_rows,
-            self._max_tokens, self._heads, self._kv_heads, self._head_dim, PARTIAL_CAPACITY, int(visible), window_left,
+            self._max_tokens, self._heads, self._kv_heads, self._head_dim, self._partials, int(visible), window_left,
             x.table, self._gathered.shape[1] if self._gathers else 0, self._gather.rows_scattered,
             self._gather.rows_boxed,
         )  # fmt: skip
@@ -159,7 +170,7 @@ class GpuExtend:
             raise ValueError(f"q: want {self._num_tokens} tokens, those of the plan, got {q.shape[0]}")
         self._library.extend(
             q, k_cache, v_cache, self._layout.table, self._workspace, out, self._layout.page_size, self.max_rows,
-            self._max_tokens, PARTIAL_CAPACITY, int(self._windowed), scale, logit_cap, sinks, custom_mask,
+            self._max_tokens, self._partials, int(self._windowed), scale, logit_cap, sinks, custom_mask,
             self._gathered if self._gathers else None,
         )  # fmt: skip
         return out

@@ -6,7 +6,8 @@ log-sum-exp. What depends on the batch alone is planned once per step (``plan``)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,6 +29,8 @@ class SegmentRead:
         positions: [n] int64 position of each of these tokens; None: all see the whole segment.
         begin:     first position of the segment.
         length:    its tokens.
+        window_left: positions that a token sees before its own; -1: all.
+        visible:   [n, length] bool in place of the causal rule: a tree of drafts; None: causal.
     """
 
     slots: slice | torch.Tensor
@@ -35,6 +38,29 @@ class SegmentRead:
     positions: torch.Tensor | None
     begin: int
     length: int
+    window_left: int = -1
+    visible: torch.Tensor | None = None
+
+    def keys_of(self, tile: slice) -> tuple[int, int]:
+        """Range of the segment's keys outside of which the queries ``tile`` see nothing."""
+        if self.positions is None or self.visible is not None:
+            return 0, self.length
+        positions = self.positions[tile]
+        begin = 0
+        if self.window_left >= 0:
+            begin = max(0, int(positions.min()) - self.window_left - self.begin)
+        return begin, min(self.length, int(positions.max()) + 1 - self.begin)
+
+    def hidden(self, tile: slice, keys: tuple[int, int], device: torch.device) -> torch.Tensor | None:
+        """[n, keys] bool, what the queries ``tile`` do not see; None: nothing."""
+        if self.visible is not None:
+            return ~self.visible[tile, keys[0] : keys[1]].to(device)
+        if self.positions is None:
+            return None
+        key = torch.arange(self.begin + keys[0], self.begin + keys[1], device=device)[None, :]
+        position = self.positions[tile].to(device)[:, None]
+        hidden = key > position
+        return hidden if self.window_left < 0 else hidden | (key < position - self.window_left)
 
 
 @dataclass(frozen=True)
@@ -61,13 +87,28 @@ class AttentionPlan:
     short: list[ShortReads]
 
 
-def plan(layout: CsrLayout, seq_lens: torch.Tensor, q_lens: torch.Tensor | None = None) -> AttentionPlan:
+def plan(
+    layout: CsrLayout,
+    seq_lens: torch.Tensor,
+    q_lens: torch.Tensor | None = None,
+    *,
+    window_left: int = -1,
+    custom_mask: torch.Tensor | None = None,
+    slot_map: torch.Tensor | None = None,
+    batch_invariant: bool = False,
+) -> AttentionPlan:
     """Queries of every segment: the last ``q_lens`` tokens of each row, causal.
 
     Args:
         layout:   complete: nothing staged.
         seq_lens: [B] CPU, end of each row's range.
         q_lens:   [B] CPU, queries of each row; None: one each (decode). Rows without tokens have no keys: zeros.
+        window_left: positions that a query sees before its own; -1: all. Segments are read from the first position on
+                  that one of their queries sees.
+        custom_mask: [sum of q_lens * seq_lens] CPU bool, in place of the causal rule: for each row its queries by its
+                  positions; True is seen. Without a window.
+        slot_map: [slots] the slot that stands for each slot of the layout, in another pool; None: itself.
+        batch_invariant: a row's result does not depend on the others, if the layout shares nothing.
 
     Raises ValueError if the layout is incomplete or the vectors do not fit it.
     """
@@ -81,30 +122,70 @@ def plan(layout: CsrLayout, seq_lens: torch.Tensor, q_lens: torch.Tensor | None 
     for name, values in (("seq_lens", lens), ("q_lens", counts)):
         if len(values) != layout.num_rows:
             raise ValueError(f"{name}: want {layout.num_rows} entries, one per row, got {len(values)}")
-    first_token = [0]
-    for count in counts:
-        first_token.append(first_token[-1] + count)
-
+    queries = _Queries(lens, counts, window_left, custom_mask)
     order, indptr = layout.row_order.tolist(), layout.run_indptr.tolist()
     reads = []
     for i, ((row_begin, row_end), (begin, end)) in enumerate(
         zip(layout.segment_rows.tolist(), layout.segment_positions.tolist(), strict=True)
     ):
+        read = queries.read(order[row_begin:row_end], begin, end, _as_index(layout.runs[indptr[i] : indptr[i + 1]]))
+        if read is not None:
+            reads.append(read if slot_map is None else replace(read, slots=_map_slots(read.slots, slot_map)))
+    short: list[ShortReads] = []
+    if not batch_invariant:
+        reads, short = _put_short_together(reads)
+    return AttentionPlan(queries.first_token[-1], reads, short)
+
+
+class _Queries:
+    """The query tokens of a step, row after row, and what they see."""
+
+    def __init__(self, lens: list[int], counts: list[int], window_left: int, custom_mask: torch.Tensor | None) -> None:
+        if custom_mask is not None and window_left >= 0:
+            raise ValueError(f"custom_mask: want one without a window, got a window of {window_left}")
+        self.lens, self.counts, self.window_left, self.mask = lens, counts, window_left, custom_mask
+        self.first_token = [0, *itertools.accumulate(counts)]
+        self._first_mask = [0, *itertools.accumulate(c * n for c, n in zip(counts, lens, strict=True))]
+
+    def read(self, rows: list[int], begin: int, end: int, slots: slice | torch.Tensor) -> SegmentRead | None:
+        """The read of a segment by those queries of ``rows`` that see any of it; None: none does."""
         tokens: list[int] = []
         positions: list[int] = []
-        for row in order[row_begin:row_end]:
-            skipped = max(0, begin - (lens[row] - counts[row]))  # queries before the segment see nothing of it
-            if skipped < counts[row]:
-                tokens.extend(range(first_token[row] + skipped, first_token[row + 1]))
-                positions.extend(range(lens[row] - counts[row] + skipped, lens[row]))
+        for row in rows:
+            first, count = self.lens[row] - self.counts[row], self.counts[row]
+            # Queries before the segment see nothing of it, unless a mask says so; nor do those whose window begins
+            # behind it.
+            skipped = max(0, begin - first) if self.mask is None else 0
+            stop = count if self.window_left < 0 else min(count, end + self.window_left - first)
+            if skipped < stop:
+                tokens.extend(range(self.first_token[row] + skipped, self.first_token[row] + stop))
+                positions.extend(range(first + skipped, first + stop))
         if not tokens:
-            continue
-        slots = _as_index(layout.runs[indptr[i] : indptr[i + 1]])
-        masked = min(positions) < end - 1
-        reads.append(
-            SegmentRead(slots, _as_slice(tokens), torch.tensor(positions) if masked else None, begin, end - begin)
+            return None
+        visible = None if self.mask is None else self._visible(rows, begin, end)
+        if self.window_left >= 0 and (seen := max(begin, min(positions) - self.window_left)) > begin:
+            slots = slice(slots.start + seen - begin, slots.stop) if isinstance(slots, slice) else slots[seen - begin :]
+            begin = seen
+        masked = min(positions) < end - 1 or (self.window_left >= 0 and max(positions) - self.window_left > begin)
+        return SegmentRead(
+            slots=slots,
+            tokens=_as_slice(tokens),
+            positions=torch.tensor(positions) if masked else None,
+            begin=begin,
+            length=end - begin,
+            window_left=self.window_left,
+            visible=visible,
         )
-    return AttentionPlan(first_token[-1], *_put_short_together(reads))
+
+    def _visible(self, rows: list[int], begin: int, end: int) -> torch.Tensor | None:
+        """[queries, end - begin] of the custom mask; None: the rows see all of the segment."""
+        if all(end <= self.lens[row] - self.counts[row] for row in rows):
+            return None
+        parts = []
+        for row in rows:
+            mask = self.mask[self._first_mask[row] : self._first_mask[row + 1]]  # type: ignore[index]
+            parts.append(mask.view(self.counts[row], self.lens[row])[:, begin:end].bool())
+        return torch.cat(parts)
 
 
 def attend(
@@ -166,12 +247,20 @@ def _attend_segment(
 ) -> None:
     """Merges one segment into ``acc`` [T, H, Dv] and ``lse`` [T, H], a tile of queries at a time."""
     q_tile = max(1, _MAX_SCORES // (q.shape[1] * read.length))
-    for tokens, positions in _tiles(read, q_tile):
-        length = read.length
-        if positions is not None:
-            length = min(length, int(positions.max()) + 1 - read.begin)  # the rest is invisible to the whole tile
+    count = read.tokens.stop - read.tokens.start if isinstance(read.tokens, slice) else read.tokens.numel()
+    for first in range(0, count, q_tile):
+        tile = slice(first, min(first + q_tile, count))
+        if isinstance(read.tokens, slice):
+            tokens: slice | torch.Tensor = slice(read.tokens.start + tile.start, read.tokens.start + tile.stop)
+        else:
+            tokens = read.tokens[tile]
+        seen = read.keys_of(tile)
         partial, partial_lse = _softmax_product(
-            q[tokens], keys[:, :, :length], values[:, :length], positions, read.begin, logit_cap
+            q[tokens],
+            keys[:, :, seen[0] : seen[1]],
+            values[:, seen[0] : seen[1]],
+            read.hidden(tile, seen, q.device),
+            logit_cap,
         )
         _merge(tokens, partial, partial_lse, acc, lse)
 
@@ -211,7 +300,8 @@ def _merge(
     """Adds [n, H, Dv] results over other keys, with their [n, H] lse, to those of ``tokens``, which differ."""
     old = lse[tokens]
     new = torch.logaddexp(old, partial_lse)
-    acc[tokens] = acc[tokens] * torch.exp(old - new)[..., None] + partial * torch.exp(partial_lse - new)[..., None]
+    by = new.masked_fill(new == -torch.inf, 0.0)  # nothing seen so far: prevents (-inf) - (-inf)
+    acc[tokens] = acc[tokens] * torch.exp(old - by)[..., None] + partial * torch.exp(partial_lse - by)[..., None]
     lse[tokens] = new
 
 
@@ -219,11 +309,10 @@ def _softmax_product(
     q: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    positions: torch.Tensor | None,
-    begin: int,
+    hidden: torch.Tensor | None,
     logit_cap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """[n, H, Dv] normalised result and [n, H] natural lse of [n, H, D] queries.
+    """[n, H, Dv] normalised result and [n, H] natural lse of [n, H, D] queries; 0 and -inf where all is ``hidden``.
 
     All query heads of a KV head go into one product.
     """
@@ -233,27 +322,15 @@ def _softmax_product(
     rows = q.view(num_tokens, groups, ratio, dim).transpose(0, 1).reshape(groups, num_tokens * ratio, dim)
     s = torch.bmm(rows, keys)
     _cap(s, logit_cap)
-    if positions is not None:
-        hidden = torch.arange(begin, begin + length, device=q.device)[None, :] > positions.to(q.device)[:, None]
+    if hidden is not None:
         s.view(groups, num_tokens, ratio, length).masked_fill_(hidden[None, :, None, :], -torch.inf)
     top = s.amax(dim=2, keepdim=True)
+    top = top.masked_fill_(top == -torch.inf, 0.0)  # a query that sees none of these keys
     p = s.sub_(top).exp_()
     total = p.sum(dim=2, keepdim=True)
-    o = torch.bmm(p, values).div_(total)
+    o = torch.bmm(p, values).div_(total.clamp_min(torch.finfo(torch.float32).tiny))
     lse = (top + total.log()).view(groups, num_tokens, ratio).transpose(0, 1).reshape(num_tokens, heads)
     return o.view(groups, num_tokens, ratio, -1).transpose(0, 1).reshape(num_tokens, heads, -1), lse
-
-
-def _tiles(read: SegmentRead, size: int) -> list[tuple[slice | torch.Tensor, torch.Tensor | None]]:
-    if isinstance(read.tokens, slice):
-        count = read.tokens.stop - read.tokens.start
-        starts = range(0, count, size)
-        tokens = [slice(read.tokens.start + i, read.tokens.start + min(i + size, count)) for i in starts]
-    else:
-        starts = range(0, read.tokens.numel(), size)
-        tokens = [read.tokens[i : i + size] for i in starts]
-    positions = [None if read.positions is None else read.positions[i : i + size] for i in starts]
-    return list(zip(tokens, positions, strict=True))
 
 
 def _put_short_together(reads: list[SegmentRead]) -> tuple[list[SegmentRead], list[ShortReads]]:
@@ -261,7 +338,8 @@ def _put_short_together(reads: list[SegmentRead]) -> tuple[list[SegmentRead], li
     groups: list[list[SegmentRead]] = []
     for read in sorted(reads, key=lambda r: r.length):
         single = isinstance(read.tokens, slice) and read.tokens.stop - read.tokens.start == 1
-        if not single or read.positions is not None or read.length > _SHORT_TOKENS:
+        masked = read.positions is not None or read.visible is not None
+        if not single or masked or read.length > _SHORT_TOKENS:
             continue
         group = groups[-1] if groups else []
         if not group or read.length >= 2 * group[0].length or any(read.tokens == other.tokens for other in group):
@@ -287,6 +365,19 @@ def _as_index(runs: torch.Tensor) -> slice | torch.Tensor:
     starts, lengths = runs.long().unbind(1)
     shift = starts - torch.cumsum(lengths, 0) + lengths
     return torch.repeat_interleave(shift, lengths) + torch.arange(int(lengths.sum()))
+
+
+def _map_slots(slots: slice | torch.Tensor, slot_map: torch.Tensor) -> slice | torch.Tensor:
+    """The slots that stand for ``slots``; a slice where they are consecutive. What is out of the map gives slot 0."""
+    if isinstance(slots, slice):
+        slots = torch.arange(slots.start, slots.stop)
+    inside = slots < slot_map.numel()
+    mapped = slot_map[torch.where(inside, slots, 0).to(slot_map.device)].long().cpu()
+    mapped = torch.where(inside, mapped, 0).clamp_min(0)
+    first = int(mapped[0])
+    if torch.equal(mapped, torch.arange(first, first + mapped.numel())):
+        return slice(first, first + mapped.numel())
+    return mapped
 
 
 def _as_slice(values: list[int]) -> slice | torch.Tensor:

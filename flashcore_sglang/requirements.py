@@ -9,6 +9,8 @@ GPU_HEAD_DIMS, GPU_MAX_RATIO = (64, 128, 256), 16
 GPU_MAX_REQUESTS = 1024  # of a batch
 PAGE_SIZES = (1, 16, 32, 64, 128)
 """The page sizes that SGLang users choose from."""
+POOLS = ("MHATokenToKVPool", "SWAKVPool")
+"""SGLang's pools of K and V by token: one for all layers, or one more for the layers with a sliding window."""
 
 SGLANG_MIN, SGLANG_MAX = "0.5.16", "0.5.23"
 """The range of SGLang releases that the tests cover; the first is the main target."""
@@ -25,7 +27,8 @@ class LayerFacts:
     v_head_dim: int = 64
     attn_type: str = "decoder"
     is_cross_attention: bool = False
-    sliding_window_size: int = -1
+    sliding_window_size: int = -1  # positions seen before a token's own; -1: all
+    in_window_pool: bool = False  # K and V are in the pool of layers with a window
     has_temperature: bool = False
     is_chunked_local: bool = False
     logit_capping_method: str = "tanh"
@@ -46,8 +49,9 @@ class ServingFacts:
     head_major_pool: bool = False
     is_mla: bool = False
     is_encoder_decoder: bool = False
-    is_hybrid_swa: bool = False
     speculative_algorithm: str | None = None
+    draft_tokens: int = 0  # that are verified at a time, for each request
+    draft_branches: int = 1  # of the tree of drafts, at each of its tokens
     deterministic: bool = False
     max_requests: int = 0  # that may run at a time; 0: not known
     serves_prefill: bool = True
@@ -102,7 +106,6 @@ def refusals(facts: ServingFacts) -> list[str]:
 def _model_refusals(facts: ServingFacts) -> list[str | None]:
     other = "serve it with --attention-backend fa3 (GPU) or torch_native (CPU)"
     bad_heads = [x for x in facts.layers if x.num_kv_heads < 1 or x.num_q_heads % x.num_kv_heads]
-    windows = sorted({x.sliding_window_size for x in facts.layers if x.sliding_window_size > -1})
     types = sorted({x.attn_type for x in facts.layers if x.attn_type != "decoder"})
     capping = sorted({x.logit_capping_method for x in facts.layers if x.logit_capping_method != "tanh"})
     return [
@@ -122,11 +125,6 @@ def _model_refusals(facts: ServingFacts) -> list[str | None]:
         (
             f"model: want a decoder, got an encoder-decoder; {other}"
             if facts.is_encoder_decoder or any(x.is_cross_attention for x in facts.layers)
-            else None
-        ),
-        (
-            f"model: want full attention in every layer, got sliding windows {windows or 'in a hybrid pool'}; {other}"
-            if facts.is_hybrid_swa or windows
             else None
         ),
         f"model: want causal attention, got attention of type {', '.join(types)}; {other}" if types else None,
@@ -169,9 +167,9 @@ def _gpu_refusals(facts: ServingFacts) -> list[str | None]:
             else None
         ),
         (
-            f"model: want one head dim of {', '.join(map(str, GPU_HEAD_DIMS))} in all layers, got {dims}; "
+            f"model: want head dim {', '.join(map(str, GPU_HEAD_DIMS))}, the same for K and V, got {dims}; "
             "serve it with --attention-backend fa3"
-            if len(shapes) > 1 or any(d not in GPU_HEAD_DIMS for d in dims) or len(dims) > 1
+            if any(d not in GPU_HEAD_DIMS for d in dims) or any(k != v for _, _, k, v in shapes)
             else None
         ),
         (
@@ -202,8 +200,8 @@ def _pool_refusals(facts: ServingFacts) -> list[str | None]:
             else None
         ),
         (
-            f"KV pool: want MHATokenToKVPool, got {facts.pool_type}; leave out the options that select another pool"
-            if facts.pool_type != "MHATokenToKVPool" and not (facts.is_mla or facts.is_hybrid_swa)
+            f"KV pool: want {' or '.join(POOLS)}, got {facts.pool_type}; leave out the options that select another pool"
+            if facts.pool_type not in POOLS and not facts.is_mla
             else None
         ),
     ]

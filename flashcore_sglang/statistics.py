@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from flashcore_sglang.config import CostModel
+from flashcore_sglang.device_pager import DevicePager
 from flashcore_sglang.gpu_decode import GpuDecode
 from flashcore_sglang.layout import CsrLayout
 
@@ -82,7 +83,8 @@ class GpuSampler:
     """
 
     def __init__(self, interval: int, consumers: list[Consumer], decode: GpuDecode) -> None:
-        self._interval, self._consumers, self._decode = interval, consumers, decode
+        assert isinstance(decode.pager, DevicePager), "a window shares nothing"
+        self._interval, self._consumers, self._decode, self._pager = interval, consumers, decode, decode.pager
         self._steps = self._sampled = 0
         self._pending: tuple[int, int] | None = None  # steps, requests
         if interval:
@@ -107,8 +109,8 @@ class GpuSampler:
         decode = self._decode
         decode.plan()
         self._planned.record()
-        self._sizes.copy_(decode.pager.sizes[:2], non_blocking=True)
-        self._pages_wanted.copy_(decode.pager.pages_wanted(requests), non_blocking=True)
+        self._sizes.copy_(self._pager.sizes[:2], non_blocking=True)
+        self._pages_wanted.copy_(self._pager.pages_wanted(requests), non_blocking=True)
         self._copied.record()
         self._pending = (self._steps - self._sampled, requests)
         self._sampled = self._steps

@@ -18,7 +18,9 @@ HEADS, KV_HEADS, DIM = 6, 2, 16
 SCALE = DIM**-0.5
 
 
-def make_runner(*, slots: int = 256, max_requests: int = 16, context: int = 128, page_size: int = 1, **changes):
+def make_runner(
+    *, slots: int = 256, max_requests: int = 16, context: int = 128, page_size: int = 1, layers: int = 1, **changes
+):
     """What our backend reads of a ModelRunner, with real pools on the CPU; ``changes`` override attributes."""
     pool = MHATokenToKVPool(
         size=slots,
@@ -26,7 +28,7 @@ def make_runner(*, slots: int = 256, max_requests: int = 16, context: int = 128,
         dtype=torch.float32,
         head_num=KV_HEADS,
         head_dim=DIM,
-        layer_num=1,
+        layer_num=layers,
         device="cpu",
         enable_memory_saver=False,
     )
@@ -37,7 +39,6 @@ def make_runner(*, slots: int = 256, max_requests: int = 16, context: int = 128,
         dtype=torch.float32,
         kv_cache_dtype=torch.float32,
         use_mla_backend=False,
-        is_hybrid_swa=False,
         model=torch.nn.ModuleList([layer]),
         model_config=SimpleNamespace(context_len=context, is_encoder_decoder=False),
         server_args=SimpleNamespace(speculative_algorithm=None, enable_deterministic_inference=False),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from types import SimpleNamespace
 
 import needs
 import pytest
@@ -13,10 +12,11 @@ needs.sglang()
 
 from contract.sglang_fixtures import DIM, HEADS, KV_HEADS, SCALE, MiniScheduler, make_runner
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from unit import fake_kernels
 
 from flashcore_sglang import reference
 from flashcore_sglang.backend import FlashCoreSparseBackend
-from flashcore_sglang.gpu_extend import GpuExtend
+from flashcore_sglang.gpu_attention import GpuStep
 from flashcore_sglang.recording import Recording
 
 pytestmark = pytest.mark.contract
@@ -55,24 +55,21 @@ def close(got: torch.Tensor, want: torch.Tensor) -> None:
     torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
 
 
-def test_new_tokens_go_to_the_kernels_of_a_gpu(scheduler, monkeypatch):
-    """Which calls they get; tests/gpu says what they compute."""
-    backend, calls = FlashCoreSparseBackend(scheduler.runner), {}
-    extend = object.__new__(GpuExtend)
-    extend.max_rows, extend.pager, extend._num_tokens = 2, SimpleNamespace(violation=lambda: None), 40
-    monkeypatch.setattr(GpuExtend, "snapshot", lambda _, *args: calls.update(snapshot=args))
-    monkeypatch.setattr(GpuExtend, "plan", lambda _, *args: calls.update(plan=args))
-    monkeypatch.setattr(GpuExtend, "attend", lambda _, q, k, v, out, **options: out.copy_(q))
-    backend._gpu_extend = extend
+@pytest.mark.parametrize("q_lens", [None, [30, 10]], ids=["decode", "extend"])
+def test_steps_go_to_the_kernels_of_a_gpu(scheduler, monkeypatch, q_lens):
+    """With which tables; tests/gpu says what they compute."""
+    fake_kernels.install(monkeypatch)
+    backend = FlashCoreSparseBackend(scheduler.runner)
+    backend._gpu = backend._make_gpu(scheduler.runner)
     rows = [scheduler.add(list(range(30)))[0], scheduler.add(list(range(50, 60)))[0]]
-    batch = scheduler.batch(rows, [30, 10])
-    batch.extend_num_tokens = 40
+    batch = scheduler.batch(rows, q_lens)
     backend.init_forward_metadata(batch)
-    q, k, v = tensors(scheduler, 40)
-    out = backend.forward_extend(q, k, v, scheduler.runner.model[0], batch)
-    assert calls["snapshot"][0] is scheduler.table
-    assert calls["plan"] == (batch.seq_lens, batch.extend_seq_lens, 40)
-    assert torch.equal(out, q)
+    assert isinstance(backend.forward_metadata, GpuStep)
+    q, k, v = tensors(scheduler, len(batch.out_cache_loc))
+    scheduler.pool.get_key_buffer(0).nan_to_num_(0.0)
+    scheduler.pool.get_value_buffer(0).nan_to_num_(0.0)
+    out = backend.forward(q, k, v, scheduler.runner.model[0], batch)
+    close(out, wanted(scheduler, batch, q))
     assert torch.equal(scheduler.pool.get_key_buffer(0)[batch.out_cache_loc], k)
 
 
@@ -132,7 +129,7 @@ def test_capture_is_refused_on_a_cpu(scheduler):
     row, _ = scheduler.add([1, 2])
     with pytest.raises(ValueError, match="CUDA graphs: want none on a CPU, got 1"):
         backend.init_forward_metadata_out_graph(scheduler.batch([row]), in_capture=True)
-    with pytest.raises(ValueError, match="want CUDA graphs of decode only, got EXTEND"):
+    with pytest.raises(ValueError, match="want CUDA graphs of decode and verification only, got EXTEND"):
         backend.init_forward_metadata_out_graph(scheduler.batch([row], [2]), in_capture=True)
 
 
@@ -144,7 +141,12 @@ def test_sharing_is_switched_off_by_the_environment(scheduler, monkeypatch, capl
     for row in rows:
         scheduler.publish(row)
     batch = scheduler.batch(rows)
-    assert backend._page(batch.req_pool_indices, batch.seq_lens).num_segments == 4
+    assert _segments(backend, batch) == 4
+
+
+def _segments(backend, batch) -> int:
+    backend.init_forward_metadata(batch)
+    return backend.forward_metadata.layout.num_segments
 
 
 def test_unknown_value_of_the_switch_is_refused(scheduler, monkeypatch):
@@ -211,12 +213,12 @@ def test_violations_are_reported_again_after_a_while(scheduler, monkeypatch, cap
     assert "(4 such steps so far)" in caplog.text
 
 
-@pytest.mark.parametrize("field", ["use_irope", "is_cross_attention", "sliding_window_size", "logit_capping_method"])
+@pytest.mark.parametrize("field", ["use_irope", "is_cross_attention", "logit_capping_method"])
 def test_layer_that_is_not_served_is_refused(scheduler, field):
     layer = scheduler.runner.model[0]
     scheduler.runner.attention_chunk_size = 8192
     layer.logit_cap = 30.0
-    value = {"sliding_window_size": 4096, "logit_capping_method": "sigmoid"}.get(field, True)
+    value = {"logit_capping_method": "sigmoid"}.get(field, True)
     setattr(layer, field, value)
     with pytest.raises(ValueError, match="cannot serve this configuration:\n  - model: want"):
         FlashCoreSparseBackend(scheduler.runner)

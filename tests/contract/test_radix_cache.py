@@ -65,7 +65,8 @@ class Server:
 
     def segments(self, rows: list[int]):
         batch = self.scheduler.batch(rows)
-        return self.backend._page(batch.req_pool_indices, batch.seq_lens)
+        self.backend.init_forward_metadata(batch)
+        return self.backend.forward_metadata.layout
 
 
 SYSTEM = list(range(100, 400))  # 300 tokens, enough for sharing to pay

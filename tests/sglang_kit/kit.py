@@ -37,19 +37,29 @@ def prepare(monkeypatch) -> None:
         monkeypatch.setenv("TRITON_INTERPRET", "1")  # asked of the environment for page sizes above 1
 
     def model(runner) -> torch.nn.Module:
-        config = runner.model_config
+        config, window = runner.model_config, runner.sliding_window_size
         layer = RadixAttention(
-            config.num_attention_heads, config.head_dim, config.head_dim**-0.5, config.num_key_value_heads, layer_id=0
+            config.num_attention_heads,
+            config.head_dim,
+            config.head_dim**-0.5,
+            config.num_key_value_heads,
+            layer_id=0,
+            sliding_window_size=-1 if window is None else window,
         )
         return torch.nn.ModuleList([layer])
 
     # 0.5.23's kit has a model without layers; ours reads the layers at start.
+    # A window has one more key than its size says, as in all of SGLang's backends but triton.
+    monkeypatch.setattr(kit, "_SWA_DECODE_EXTEND_WINDOW", kit._SWA_DECODE_EXTEND_WINDOW | {NAME})
     monkeypatch.setattr(kit.MockModelRunner, "model", property(model, lambda *_: None), raising=False)
 
 
-def case(name: str, prefix_lens, *, extend_lens=(), heads=8, kv_heads=2, page_size=1) -> kit.DenseAttentionCase:
+def case(
+    name: str, prefix_lens, *, extend_lens=(), heads=8, kv_heads=2, page_size=1, window=None
+) -> kit.DenseAttentionCase:
     mode = ForwardMode.EXTEND if extend_lens else ForwardMode.DECODE
-    return kit.DenseAttentionCase(name, NAME, mode, heads, kv_heads, page_size, tuple(prefix_lens), tuple(extend_lens))
+    lens = tuple(prefix_lens), tuple(extend_lens)
+    return kit.DenseAttentionCase(name, NAME, mode, heads, kv_heads, page_size, *lens, sliding_window_size=window)
 
 
 def build(case: kit.DenseAttentionCase, **options) -> kit.DenseAttentionFixture:

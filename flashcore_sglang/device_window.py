@@ -1,0 +1,148 @@
+"""The last positions of each request in device memory: what layers with a sliding window read.
+
+Where ``DevicePager`` keeps all of a request's pages, this keeps those that a window reaches, translated where such
+layers have a pool of their own. Positions are counted from ``bases``, page boundaries at or before the first position
+that is read: shifting a request's positions changes neither what is causal nor what a window reaches. Every request
+reads its own pages.
+
+It has the methods of ``DevicePager`` that ``GpuDecode`` and ``GpuExtend`` use, and takes its place there.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from flashcore_sglang.device_pager import DeviceLayout
+
+
+def window_pages(window_left: int, queries: int, page_size: int) -> int:
+    """The most pages that ``queries`` consecutive tokens with such windows read."""
+    return -(-(window_left + queries + page_size - 1) // page_size)
+
+
+class DeviceWindow:
+    """Tables and segments of windows.
+
+    Args:
+        page_size:   tokens per page.
+        window_left: positions that a token sees before its own.
+        max_rows:    the largest batch, padding included.
+        max_queries: new tokens of a request that there is room for; where a step has more, its table is allocated.
+        max_tokens:  the longest request; longer ones are cut.
+        num_pages:   pages of the pool that is read; ids outside are read as page 0.
+        device:      of all tensors.
+    """
+
+    def __init__(
+        self,
+        page_size: int,
+        *,
+        window_left: int,
+        max_rows: int,
+        max_queries: int,
+        max_tokens: int,
+        num_pages: int,
+        device: torch.device | str,
+    ) -> None:
+        self.page_size, self.window_left, self.max_rows = page_size, window_left, max_rows
+        self._num_pages, self._max_tokens = num_pages, max_tokens
+        ints = {"dtype": torch.int32, "device": device}
+        self._columns = torch.arange(-(-max_tokens // page_size), device=device) * page_size
+        self._rows = torch.arange(max_rows + 1, **ints)
+        self._segment_rows = torch.stack([self._rows[:-1], self._rows[1:]], dim=1).contiguous()
+        self._segment_positions = torch.zeros(max_rows, 2, **ints)
+        self._lens = torch.zeros(max_rows, **ints)
+        self._sizes, self._status = torch.zeros(8, **ints), torch.zeros(4, **ints)
+        self._stride = self._width(max_queries)
+        self._table = torch.zeros(max_rows * self._stride, **ints)
+        self._entries = self._rows * self._stride
+        self._step_table, self._step_entries, self._step_stride = self._table, self._entries, self._stride
+
+    @property
+    def mebibytes(self) -> float:
+        """Device memory of all buffers."""
+        return (self._table.numel() + 6 * self.max_rows) * 4 / 2**20
+
+    @property
+    def table_stride(self) -> int:
+        """Entries of a row in ``DeviceLayout.table``, of the last snapshot."""
+        return self._step_stride
+
+    @property
+    def lens(self) -> torch.Tensor:
+        """[max_rows] int32: by row of the last snapshot, its length counted from its base."""
+        return self._lens
+
+    def snapshot(
+        self,
+        req_to_token: torch.Tensor,
+        req_pool_indices: torch.Tensor,
+        seq_lens: torch.Tensor,
+        *,
+        q_lens: torch.Tensor | None = None,
+        max_queries: int = 1,
+        slot_map: torch.Tensor | None = None,
+    ) -> None:
+        """Copies what the batch reads; nothing is read on the host. Not for capture.
+
+        Args:
+            req_to_token, req_pool_indices, seq_lens: as for ``DevicePager.snapshot``.
+            q_lens:      [B] int32 or int64, the last tokens of each request that are queries; None: one each.
+            max_queries: the most of them of one request.
+            slot_map:    [slots] the slot of the window layers' pool for each slot of the table; None: itself.
+        """
+        batch = req_pool_indices.numel()
+        if not 1 <= batch <= self.max_rows:
+            raise ValueError(f"req_pool_indices: want 1 .. {self.max_rows} rows, got {batch}")
+        stride = self._width(max_queries)
+        if stride <= self._stride:
+            self._step_table, self._step_entries, self._step_stride = self._table, self._entries, self._stride
+        else:
+            self._step_table = self._table.new_empty(batch * stride)
+            self._step_entries, self._step_stride = self._rows * stride, stride
+        pool_rows, width = req_to_token.shape
+        ends = seq_lens.clamp(0, min(self._max_tokens, width))
+        queries = 1 if q_lens is None else q_lens
+        starts = (ends - queries - self.window_left).clamp(min=0)
+        bases = starts // self.page_size * self.page_size
+        positions = (bases[:, None] + self._columns[:stride]).clamp(max=width - 1)
+        rows = req_pool_indices.clamp(0, pool_rows - 1)
+        slots = req_to_token[rows[:, None], positions]
+        if slot_map is not None:
+            slots = slot_map[slots.clamp(0, slot_map.numel() - 1)]
+        pages = slots // self.page_size
+        pages = torch.where((pages >= 0) & (pages < self._num_pages), pages, 0)
+        self._step_table.view(-1, self._step_stride)[:batch, :stride] = pages
+        self._segment_positions[:batch, 0] = starts - bases
+        self._segment_positions[:batch, 1] = ends - bases
+        self._lens[:batch] = ends - bases
+        self._sizes[0] = batch
+
+    def build(self) -> None:
+        """Nothing: ``snapshot`` has written all. Here because ``DevicePager`` has it."""
+
+    def violation(self) -> None:
+        """None: what is out of bounds is cut, and the pager of the full layers reports it."""
+
+    def layout(self, num_rows: int) -> DeviceLayout:
+        """One segment for each row, read by it alone; views of the last snapshot's buffers."""
+        return DeviceLayout(
+            page_size=self.page_size,
+            sizes=self._sizes,
+            status=self._status,
+            row_order=self._rows[:num_rows],
+            segment_rows=self._segment_rows,
+            segment_positions=self._segment_positions,
+            page_indptr=self._step_entries,
+            row_indptr=self._rows[: num_rows + 1],
+            row_segments=self._rows[:-1],
+            segment_entries=self._step_entries,
+            table=self._step_table,
+            page_indices=None,
+            run_indptr=None,
+            runs=None,
+            staged_pages=None,
+        )
+
+    def _width(self, queries: int) -> int:
+        return min(window_pages(self.window_left, queries, self.page_size), self._columns.numel())

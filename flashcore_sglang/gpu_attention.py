@@ -1,0 +1,266 @@
+"""Attention of a step on a Hopper GPU: which kernels serve which layers, and the buffers that they share.
+
+Layers that read everything share one pager; layers with a window of one size share one ``DeviceWindow``. Each shape of
+heads has a workspace of its own. ``snapshot`` is the only reader of SGLang's tables and runs outside CUDA graphs;
+``plan`` and ``attend`` are captured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from flashcore_sglang.config import GatherModel
+from flashcore_sglang.device_pager import MAX_ROWS, DevicePager
+from flashcore_sglang.device_window import DeviceWindow
+from flashcore_sglang.gpu_decode import GpuDecode
+from flashcore_sglang.gpu_extend import GpuExtend, Visible
+from flashcore_sglang.requirements import LayerFacts, ServingFacts
+from flashcore_sglang.step import Step
+
+_NO_GATHER = GatherModel(mebibytes=0, max_page_size=0, rows_scattered=1, rows_boxed=1)
+Kind = tuple[int, bool, int, int, int]
+
+
+def kind_of(layer: LayerFacts) -> Kind:
+    """Layers of one kind share a plan: window, whether it is in a pool of its own, heads, KV heads, head dim."""
+    return layer.sliding_window_size, layer.in_window_pool, layer.num_q_heads, layer.num_kv_heads, layer.head_dim
+
+
+@dataclass
+class Kernels:
+    """What serves the layers of one kind.
+
+    Attributes:
+        window: of its pages; None: it reads everything.
+        decode: one query per request. extend: new tokens; None: another backend serves them.
+        verify: drafts, of a fixed size so that it can be captured; None: there are none.
+    """
+
+    window: DeviceWindow | None
+    decode: GpuDecode
+    extend: GpuExtend | None
+    verify: GpuExtend | None
+
+    def of(self, step: Step) -> GpuDecode | GpuExtend | None:
+        if step.is_decode:
+            return self.decode
+        return self.verify if step.draft_tokens and self.verify else self.extend
+
+
+class GpuAttention:
+    """Plans and runs steps with the kernels of csrc/attention.
+
+    Args:
+        facts:      of the server.
+        num_pages:  of the KV pool. window_pages: of the pool of layers with a window, if they have one.
+        table_shape: of SGLang's ``req_to_token``.
+        max_extend: new tokens of a step that there is room for at first.
+        sharing:    False: every request reads its own pages.
+        device:     a Hopper GPU.
+
+    Raises ValueError for sizes that are not served, RuntimeError if the library cannot be compiled.
+    """
+
+    def __init__(
+        self,
+        facts: ServingFacts,
+        *,
+        num_pages: int,
+        window_pages: int,
+        table_shape: tuple[int, int],
+        max_extend: int,
+        sharing: bool,
+        device: torch.device | str,
+    ) -> None:
+        self.max_rows = min(MAX_ROWS, table_shape[0])
+        self._facts, self._sharing, self._device = facts, sharing, device
+        self._num_pages, self._window_pages = num_pages, window_pages
+        self._max_tokens = min(table_shape[1], num_pages * facts.page_size)
+        self._max_extend, self._drafts = max_extend, facts.draft_tokens
+        self._windows: dict[tuple[int, bool], DeviceWindow] = {}
+        self._pager: DevicePager | None = None
+        # Layers that read everything come first: theirs is the pager that statistics look at.
+        self._kernels = {kind: self._make_kernels(kind) for kind in sorted({kind_of(x) for x in facts.layers})}
+        self._of_layer = {x.layer_id: self._kernels[kind_of(x)] for x in facts.layers}
+        ints = {"dtype": torch.int32, "device": device}
+        self._lens, self._q_lens = (
+            torch.zeros(self.max_rows, **ints),
+            torch.full((self.max_rows,), self._drafts, **ints),
+        )
+        self._mask: torch.Tensor | None = None
+
+    @property
+    def full(self) -> GpuDecode | None:
+        """Decode of the layers that read everything; None where all have a window."""
+        return next((x.decode for x in self._kernels.values() if x.window is None), None)
+
+    @property
+    def mebibytes(self) -> float:
+        """Device memory of all buffers."""
+        total = self._pager.mebibytes if self._pager else 0.0
+        total += sum(x.mebibytes for x in self._windows.values())
+        for x in self._kernels.values():
+            total += x.decode.workspace_mebibytes + sum(e.mebibytes for e in (x.extend, x.verify) if e)
+        return total
+
+    def serves(self, step: Step) -> bool:
+        """Whether kernels take the step; else it is computed in PyTorch."""
+        return step.num_rows <= self.max_rows and all(x.of(step) for x in self._kernels.values())
+
+    def violation(self) -> tuple[int, int, int, int] | None:
+        """As ``DevicePager.violation``."""
+        return self._pager.violation() if self._pager else None
+
+    def make_mask(self, max_rows: int) -> None:
+        """Room for the masks of trees of drafts under CUDA graphs.
+
+        Raises ValueError where they would take 2 GiB or more.
+        """
+        size = max_rows * self._drafts * (self._max_tokens + self._drafts)
+        if size >= 2**31:
+            raise ValueError(
+                f"speculative decoding: want trees' masks below 2 GiB, got {size} bytes for {max_rows} requests of "
+                f"{self._max_tokens} tokens; lower --cuda-graph-max-bs or --context-length, or set "
+                "--speculative-eagle-topk 1"
+            )
+        self._mask = torch.ones(size, dtype=torch.bool, device=self._device)
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """Where SGLang may write the mask of a tree of drafts; None: it allocates one."""
+        return self._mask
+
+    def snapshot(self, step: Step, req_to_token: torch.Tensor, slot_map: torch.Tensor | None) -> GpuStep:
+        """Copies what the step reads. Nothing is read on the host. Not for capture.
+
+        ``slot_map``: [slots] the slot of the window layers' pool for each slot of ``req_to_token``; None: no such pool.
+        """
+        mask = step.custom_mask
+        if step.draft_tokens:
+            # What a graph reads must not move: SGLang's lengths leave the drafts out, its masks are new every step.
+            self._lens[: step.num_rows] = step.seq_lens
+            step = replace(step, seq_lens=self._lens[: step.num_rows], q_lens=self._q_lens[: step.num_rows])
+            if mask is not None and self._mask is not None:
+                if mask.data_ptr() != self._mask.data_ptr():
+                    self._mask[: mask.numel()] = mask
+                mask = self._mask
+        if self._pager:
+            self._pager.snapshot(req_to_token, step.req_pool_indices, step.seq_lens)
+        for (_, translated), window in self._windows.items():
+            window.snapshot(
+                req_to_token,
+                step.req_pool_indices,
+                step.seq_lens,
+                q_lens=step.q_lens,
+                max_queries=step.max_queries,
+                slot_map=slot_map if translated else None,
+            )
+        for kernels in self._kernels.values():
+            kernel = kernels.of(step)
+            assert kernel is not None, "a step that is not served"
+            kernel.use(step.num_rows)
+        return GpuStep(self, step, mask)
+
+    def kernels(self) -> list[Kernels]:
+        return list(self._kernels.values())
+
+    def of_layer(self, layer_id: int) -> Kernels:
+        return self._of_layer[layer_id]
+
+    def _make_kernels(self, kind: Kind) -> Kernels:
+        window_left, translated, heads, kv_heads, head_dim = kind
+        facts = self._facts
+        window = self._window(window_left, translated) if window_left >= 0 else None
+        decode = GpuDecode(
+            page_size=facts.page_size,
+            num_pages=self._num_pages,
+            max_rows=self.max_rows,
+            max_tokens=self._max_tokens,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            sharing=self._sharing,
+            deterministic=facts.deterministic,
+            pager=window or self._pager,
+            device=self._device,
+        )
+        if window is None:
+            assert isinstance(decode.pager, DevicePager)
+            self._pager = decode.pager
+
+        def extend(max_tokens: int, gather: GatherModel | None) -> GpuExtend:
+            return GpuExtend(
+                decode.pager,
+                heads=heads,
+                kv_heads=kv_heads,
+                head_dim=head_dim,
+                max_tokens=max_tokens,
+                deterministic=facts.deterministic,
+                device=self._device,
+                gather=gather,
+            )
+
+        return Kernels(
+            window,
+            decode,
+            extend(self._max_extend, None) if facts.serves_prefill else None,
+            extend(self.max_rows * self._drafts, _NO_GATHER) if self._drafts else None,
+        )
+
+    def _window(self, window_left: int, translated: bool) -> DeviceWindow:
+        key = window_left, translated
+        if key not in self._windows:
+            self._windows[key] = DeviceWindow(
+                self._facts.page_size,
+                window_left=window_left,
+                max_rows=self.max_rows,
+                max_queries=max(1, self._drafts),
+                max_tokens=self._max_tokens,
+                num_pages=self._window_pages if translated else self._num_pages,
+                device=self._device,
+            )
+        return self._windows[key]
+
+
+class GpuStep:
+    """A step whose tables are copied."""
+
+    def __init__(self, attention: GpuAttention, step: Step, mask: torch.Tensor | None) -> None:
+        self._attention, self._step, self._mask = attention, step, mask
+        self.num_tokens = step.num_tokens
+
+    def plan(self) -> None:
+        """Segments and work lists, for all layers. Capturable."""
+        step = self._step
+        for kernels in self._attention.kernels():
+            kernel, window = kernels.of(step), kernels.window
+            if isinstance(kernel, GpuExtend):
+                assert step.q_lens is not None
+                kernel.plan(
+                    window.lens[: step.num_rows] if window else step.seq_lens,
+                    step.q_lens,
+                    step.num_tokens,
+                    visible=Visible.CAUSAL if self._mask is None else Visible.MASKED,
+                    window_left=window.window_left if window else -1,
+                )
+            elif kernel:
+                kernel.plan()
+
+    def attend(
+        self,
+        layer_id: int,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        out: torch.Tensor,
+        **options: Any,
+    ) -> None:
+        """One layer, into ``out``; arguments and errors as ``GpuDecode.attend``. Capturable."""
+        kernel = self._attention.of_layer(layer_id).of(self._step)
+        if isinstance(kernel, GpuExtend):
+            kernel.attend(q, k_cache, v_cache, out, custom_mask=self._mask, **options)
+        elif kernel:
+            kernel.attend(q, k_cache, v_cache, out, **options)

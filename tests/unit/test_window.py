@@ -1,0 +1,196 @@
+"""Sliding windows and trees of drafts: the plan in PyTorch and the tables of a GPU, against the definition.
+
+K and V outside of what some query sees are NaN: SGLang has freed them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from unit.strategies import Batch, forests
+from unit.test_attention import MIXED, TINY, Case, forest, make
+
+from flashcore_sglang import ops, reference
+from flashcore_sglang.device_window import DeviceWindow, window_pages
+from flashcore_sglang.layout import CsrPager
+
+WINDOWS = (0, 1, 4, 15, 16, 30, 4096)
+
+
+def free_below(case: Case, window_left: int) -> Case:
+    """The case with NaN in every slot that no window reaches."""
+    seen = torch.zeros(len(case.k), dtype=torch.bool)
+    for row, (end, count) in enumerate(zip(case.batch.ends, case.q_lens, strict=True)):
+        if count:
+            seen[case.owned(row)[max(0, end - count - window_left) :]] = True
+    nan = torch.where(seen, 0.0, torch.nan)[:, None, None]
+    return replace(case, k=case.k + nan, v=case.v + nan)
+
+
+def through(case: Case, slot_map: torch.Tensor) -> Case:
+    """The case with K and V where ``slot_map`` says."""
+    k, v = torch.full_like(case.k, torch.nan), torch.full_like(case.v, torch.nan)
+    k[slot_map], v[slot_map] = case.k, case.v
+    return replace(case, k=k, v=v)
+
+
+def planned(case: Case, **options: object) -> torch.Tensor:
+    _, lens, q_lens = case.vectors
+    plan = ops.plan(case.layout(), lens, q_lens, **options)
+    return ops.attend(case.q, case.k, case.v, plan, scale=case.scale, sinks=case.sinks)
+
+
+def defined(case: Case, **options: object) -> torch.Tensor:
+    """The definition, which reads every slot: those that it hides hold zeros for it."""
+    indices, lens, q_lens = case.vectors
+    k, v = case.k.nan_to_num(0.0), case.v.nan_to_num(0.0)
+    size = case.batch.page_size
+    return reference.extend(
+        case.q, k, v, case.table, indices, lens, q_lens, page_size=size, scale=case.scale, sinks=case.sinks, **options
+    )
+
+
+def close(got: torch.Tensor, want: torch.Tensor) -> None:
+    torch.testing.assert_close(got.double(), want, atol=10 * TINY[got.dtype], rtol=1e-5)
+
+
+@pytest.mark.parametrize("q_lens", [None, MIXED], ids=["decode", "mixed"])
+@pytest.mark.parametrize("window_left", WINDOWS)
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_window_reads_nothing_below_it(page_size, window_left, q_lens):
+    case = free_below(make(forest(page_size), q_lens, sinks=torch.tensor([0.0, 1.0, -1.0, 2.0])), window_left)
+    close(planned(case, window_left=window_left), defined(case, window_left=window_left))
+
+
+@given(forests(min_rows=1, page_sizes=(1, 3, 16)), st.sampled_from(WINDOWS), st.data())
+def test_window_of_any_batch_equals_the_definition(batch: Batch, window_left: int, data: st.DataObject):
+    q_lens = [data.draw(st.integers(0, end)) for end in batch.ends]
+    case = free_below(make(batch, q_lens, dim=8), window_left)
+    close(planned(case, window_left=window_left), defined(case, window_left=window_left))
+
+
+@pytest.mark.parametrize("window_left", [-1, 20])
+def test_slots_of_another_pool(window_left):
+    case = make(forest(1), MIXED)
+    slot_map = torch.randperm(len(case.k), generator=torch.Generator().manual_seed(3))
+    moved = through(case, slot_map)
+    options = {"window_left": window_left}
+    close(planned(moved, slot_map=slot_map, **options), defined(case, **options))
+
+
+def test_slots_outside_of_the_map_are_read_as_padding():
+    case = make(forest(1), [1] * 6)
+    case.k[0] = case.v[0] = 0.0
+    assert planned(case, slot_map=torch.zeros(3, dtype=torch.int64)).isfinite().all()
+
+
+def tree_mask(case: Case, seed: int = 0) -> torch.Tensor:
+    """For each row the prefix, each draft itself, and a random choice of the drafts before it."""
+    g, parts = torch.Generator().manual_seed(seed), []
+    for end, count in zip(case.batch.ends, case.q_lens, strict=True):
+        drafts = torch.tril(torch.rand(count, count, generator=g) < 0.5) | torch.eye(count, dtype=torch.bool)
+        parts.append(torch.cat([torch.ones(count, end - count, dtype=torch.bool), drafts], 1).flatten())
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("q_lens", [[8] * 6, [7, 3, 0, 40, 17, 1]], ids=["all prefixes", "a whole prompt"])
+def test_tree_of_drafts_equals_the_definition(q_lens):
+    case = make(forest(ends=(70, 64, 33, 90, 17, 8)), q_lens)
+    mask = tree_mask(case)
+    close(planned(case, custom_mask=mask), defined(case, custom_mask=mask))
+
+
+def test_tree_with_a_window_is_refused():
+    case = make(forest(), [1] * 6)
+    with pytest.raises(ValueError, match="custom_mask: want one without a window, got a window of 4"):
+        planned(case, custom_mask=tree_mask(case), window_left=4)
+
+
+def test_batch_invariant_plan_gives_the_same_bits_alone_and_together():
+    case = make(forest(ends=(70, 64, 33, 90, 17, 1)), [1] * 6)
+    alone = []
+    indices, lens, _ = case.vectors
+    for row in range(case.batch.num_rows):
+        one = replace(case, batch=case.batch.permuted([row]), q_lens=[1], q=case.q[row : row + 1])
+        layout = one.layout()
+        plan = ops.plan(layout, lens[row : row + 1], batch_invariant=True)
+        alone.append(ops.attend(one.q, one.k, one.v, plan, scale=case.scale))
+    layout = CsrPager(case.batch.page_size, sharing=False).step(case.table, indices, lens)
+    together = ops.attend(case.q, case.k, case.v, ops.plan(layout, lens, batch_invariant=True), scale=case.scale)
+    assert torch.equal(together, torch.cat(alone))
+
+
+def pages_of(window: DeviceWindow, row: int, num_rows: int) -> tuple[list[int], list[int]]:
+    """Slots that a kernel reads for a row of the last snapshot, and where they begin, counted from its base."""
+    layout = window.layout(num_rows)
+    begin, end = layout.segment_positions[row].tolist()
+    first = int(layout.segment_entries[row])
+    size = window.page_size
+    return [int(layout.table[first + p // size]) * size + p % size for p in range(begin, end)], [begin, end]
+
+
+@pytest.mark.parametrize("translated", [False, True])
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("window_left", WINDOWS)
+@pytest.mark.parametrize("q_lens", [None, MIXED], ids=["decode", "mixed"])
+def test_tables_of_a_window_hold_what_it_reaches(page_size, window_left, q_lens, translated):
+    case = make(forest(page_size), q_lens)
+    table, (indices, lens, counts) = case.table, case.vectors
+    blocks = torch.randperm(case.batch.num_pages, generator=torch.Generator().manual_seed(1))
+    slot_map = (blocks[:, None] * page_size + torch.arange(page_size)).flatten() if translated else None
+    window = DeviceWindow(
+        page_size,
+        window_left=window_left,
+        max_rows=8,
+        max_queries=1,
+        max_tokens=table.shape[1],
+        num_pages=case.batch.num_pages,
+        device="cpu",
+    )
+    window.snapshot(
+        table,
+        indices,
+        lens,
+        q_lens=None if q_lens is None else counts,
+        max_queries=max(case.q_lens),
+        slot_map=slot_map,
+    )
+    assert int(window.layout(6).sizes[0]) == 6
+    for row, (end, count) in enumerate(zip(case.batch.ends, case.q_lens, strict=True)):
+        first = max(0, end - count - window_left)
+        slots, (begin, length) = pages_of(window, row, 6)
+        want = case.owned(row)[first:]
+        assert slots == (want if slot_map is None else slot_map[want]).tolist()
+        assert begin == first % page_size and length == int(window.lens[row])
+        assert length <= window_pages(window_left, max(case.q_lens), page_size) * page_size
+
+
+def test_tables_stay_in_bounds_whatever_sglang_holds():
+    window = DeviceWindow(1, window_left=7, max_rows=4, max_queries=1, max_tokens=32, num_pages=10, device="cpu")
+    table = torch.full((3, 32), 2**30, dtype=torch.int32)
+    table[1] = -5
+    window.snapshot(table, torch.tensor([1, 99, -3]), torch.tensor([1000, -4, 32]), slot_map=torch.tensor([9, 11, -1]))
+    layout = window.layout(3)
+    assert int(layout.table.min()) >= 0 and int(layout.table.max()) < 10
+    assert layout.segment_positions[:3].tolist() == [[0, 8], [0, 0], [0, 8]]
+    with pytest.raises(ValueError, match=r"req_pool_indices: want 1 \.\. 4 rows, got 5"):
+        window.snapshot(table, torch.zeros(5, dtype=torch.int64), torch.ones(5, dtype=torch.int64))
+
+
+def test_captured_steps_read_the_same_memory_after_a_longer_one():
+    window = DeviceWindow(1, window_left=3, max_rows=4, max_queries=1, max_tokens=32, num_pages=64, device="cpu")
+    table = torch.arange(64, dtype=torch.int32).view(2, 32)
+    one = torch.tensor([1])
+    window.snapshot(table, one, torch.tensor([20]))
+    before = window.layout(1)
+    window.snapshot(table, one, torch.tensor([20]), q_lens=torch.tensor([9]), max_queries=9)
+    assert window.layout(1).table.data_ptr() != before.table.data_ptr()
+    window.snapshot(table, one, torch.tensor([21]))
+    after = window.layout(1)
+    assert after.table.data_ptr() == before.table.data_ptr()
+    assert after.segment_entries.data_ptr() == before.segment_entries.data_ptr()
+    assert after.table[:4].tolist() == [49, 50, 51, 52]
