@@ -20,11 +20,14 @@ def register() -> None:
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS, register_attention_backend
     from sglang.srt.server_args import ATTENTION_BACKEND_CHOICES, add_attention_backend_choices
 
+    from flashcore_sglang import sglang_hooks
+
     if NAME not in ATTENTION_BACKEND_CHOICES:
         add_attention_backend_choices([NAME])
     if NAME not in ATTENTION_BACKENDS:
         register_attention_backend(NAME)(create_backend)
         _route_cpu_helpers()
+        sglang_hooks.install()
 
 
 def create_backend(model_runner: Any) -> FlashCoreSparseBackend:
