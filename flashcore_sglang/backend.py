@@ -130,15 +130,14 @@ class FlashCoreSparseBackend(AttentionBackend):
         """What captured steps need beside the buffers that the constructor allocated for any batch size."""
         if self._slot_map is not None:
             self._static_window_loc = torch.zeros(max_num_tokens, dtype=torch.int64, device=self.device)
-        if self._gpu and self._facts.draft_branches > 1:
+        trees = self._facts.draft_branches > 1 or self._facts.speculative_algorithm == "NGRAM"
+        if self._gpu and self._facts.draft_tokens and trees:
             self._gpu.make_mask(max_bs)
 
-    def get_verify_buffers_to_fill_after_draft(self) -> list[torch.Tensor | None]:
-        """Where SGLang 0.5.16 writes the mask of a tree of drafts, and their positions; None: it allocates them."""
-        return [self._gpu.mask if self._gpu else None, None]
-
     def update_verify_buffers_to_fill_after_draft(self, spec_info: Any, cuda_graph_bs: int | None) -> None:
-        """Nothing: plans depend on lengths alone, and the mask is read where it is."""
+        """Where a step was planned before its drafts were there: takes their mask. Plans depend on lengths alone."""
+        if self._gpu and spec_info.custom_mask is not None:
+            self._gpu.take_mask(spec_info.custom_mask)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         """Length of padded rows: one token, SGLang's padding slot."""

@@ -89,7 +89,7 @@ def refused() -> list[str]:
         {"layers": (LayerFacts(0, 8, 2, is_chunked_local=True),)},
         {"page_size": 48},
         {"kv_cache_dtype": "fp8_e4m3"},
-        {"speculative_algorithm": "EAGLE"},
+        {"speculative_algorithm": "DFLASH"},
         {**gpu, "deterministic": True},
     )
     return [reason for example in examples for reason in refusals(replace(served, **example))]

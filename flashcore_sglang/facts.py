@@ -30,7 +30,7 @@ def facts_of(model_runner: Any) -> ServingFacts:
         is_mla=model_runner.use_mla_backend,
         is_encoder_decoder=model_runner.model_config.is_encoder_decoder,
         speculative_algorithm=args.speculative_algorithm,
-        draft_tokens=getattr(args, "speculative_num_draft_tokens", None) or 0,
+        draft_tokens=_draft_tokens(model_runner),
         draft_branches=getattr(args, "speculative_eagle_topk", None) or 1,
         deterministic=bool(args.enable_deterministic_inference),
         max_requests=model_runner.req_to_token_pool.req_to_token.shape[0] - 1,  # the first row is padding
@@ -64,6 +64,14 @@ def serves_prefill(model_runner: Any) -> bool:
     args = model_runner.server_args
     names = (getattr(args, "prefill_attention_backend", None), getattr(args, "attention_backend", None))
     return next((name for name in names if name), NAME) == NAME
+
+
+def _draft_tokens(model_runner: Any) -> int:
+    """Drafts of a request that come to this backend at a time; 0: none do."""
+    args = model_runner.server_args
+    drafts = getattr(args, "speculative_num_draft_tokens", None) or 0
+    verifies = serves_prefill(model_runner) or getattr(args, "speculative_attention_mode", "prefill") == "decode"
+    return drafts if verifies and not getattr(model_runner, "is_draft_worker", False) else 0
 
 
 def _pools(pool: Any) -> list[Any]:

@@ -128,10 +128,11 @@ class GpuAttention:
             )
         self._mask = torch.ones(size, dtype=torch.bool, device=self._device)
 
-    @property
-    def mask(self) -> torch.Tensor | None:
-        """Where SGLang may write the mask of a tree of drafts; None: it allocates one."""
-        return self._mask
+    def take_mask(self, mask: torch.Tensor) -> None:
+        """Copies the mask of a tree of drafts to where captured steps read it, if there are any."""
+        if self._mask is not None:
+            size = min(mask.numel(), self._mask.numel())  # SGLang may allocate more than the lengths take
+            self._mask[:size] = mask[:size]
 
     def snapshot(self, step: Step, req_to_token: torch.Tensor, slot_map: torch.Tensor | None) -> GpuStep:
         """Copies what the step reads. Nothing is read on the host. Not for capture.
@@ -144,8 +145,7 @@ class GpuAttention:
             self._lens[: step.num_rows] = step.seq_lens
             step = replace(step, seq_lens=self._lens[: step.num_rows], q_lens=self._q_lens[: step.num_rows])
             if mask is not None and self._mask is not None:
-                if mask.data_ptr() != self._mask.data_ptr():
-                    self._mask[: mask.numel()] = mask
+                self.take_mask(mask)
                 mask = self._mask
         if self._pager:
             self._pager.snapshot(req_to_token, step.req_pool_indices, step.seq_lens)

@@ -12,6 +12,9 @@ PAGE_SIZES = (1, 16, 32, 64, 128)
 POOLS = ("MHATokenToKVPool", "SWAKVPool")
 """SGLang's pools of K and V by token: one for all layers, or one more for the layers with a sliding window."""
 
+SPECULATIVE = ("EAGLE", "EAGLE3", "NEXTN", "STANDALONE", "NGRAM")
+"""SGLang's ways of drafting whose drafts are verified here: as many for every request."""
+
 SGLANG_MIN, SGLANG_MAX = "0.5.16", "0.5.23"
 """The range of SGLang releases that the tests cover; the first is the main target."""
 
@@ -210,8 +213,15 @@ def _pool_refusals(facts: ServingFacts) -> list[str | None]:
 def _option_refusals(facts: ServingFacts) -> list[str | None]:
     return [
         (
-            f"speculative_algorithm: want none, got {facts.speculative_algorithm}; leave out --speculative-algorithm"
-            if facts.speculative_algorithm
+            f"speculative_algorithm: want one of {', '.join(SPECULATIVE)}, got {facts.speculative_algorithm}; choose "
+            "another --speculative-algorithm"
+            if facts.speculative_algorithm and facts.speculative_algorithm not in SPECULATIVE
+            else None
+        ),
+        (
+            f"speculative decoding: want one branch where layers have a sliding window, got {facts.draft_branches}; "
+            "start with --speculative-eagle-topk 1"
+            if facts.draft_tokens and facts.draft_branches > 1 and any(x.sliding_window_size >= 0 for x in facts.layers)
             else None
         ),
         (

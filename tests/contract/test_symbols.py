@@ -55,7 +55,6 @@ def test_backend_overrides_the_hooks_of_the_contract():
         "init_forward_metadata_in_graph",
         "init_cuda_graph_state",
         "get_cuda_graph_seq_len_fill_value",
-        "get_verify_buffers_to_fill_after_draft",
         "update_verify_buffers_to_fill_after_draft",
         "forward_decode",
         "forward_extend",

@@ -55,7 +55,14 @@ def test_supported_configuration_is_not_refused(page_size, dtype):
             {"pool_type": "PageMajorMHATokenToKVPool"},
             "KV pool: want MHATokenToKVPool or SWAKVPool, got PageMajorMHATokenToKVPool",
         ),
-        ({"speculative_algorithm": "EAGLE"}, "speculative_algorithm: want none, got EAGLE; leave out"),
+        (
+            {"speculative_algorithm": "DFLASH"},
+            "speculative_algorithm: want one of EAGLE, EAGLE3, NEXTN, STANDALONE, NGRAM",
+        ),
+        (
+            {"draft_tokens": 8, "draft_branches": 2, "layers": layer(sliding_window_size=127)},
+            "want one branch where layers have a sliding window, got 2; start with --speculative-eagle-topk 1",
+        ),
         ({"deterministic": True}, "deterministic inference: want a GPU"),
         ({"layers": ()}, "model: want attention layers, got none"),
         ({"layers": layer(is_chunked_local=True)}, "want full attention in every layer, got chunks of local attention"),
