@@ -35,6 +35,15 @@ def test_kit_replays_decode(dense, padded_to):
     )
 
 
+@pytest.mark.parametrize("window", [1, 100, 300])
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_kit_replays_decode_with_a_window(page_size, window):
+    windowed = case("window", [150, 3, 400], page_size=page_size, window=window)
+    runner_kit.run_dense_cuda_graph_decode_case(
+        unittest.TestCase(), windowed, cuda_graph_capture_batch_size=4, **OPTIONS
+    )
+
+
 @pytest.mark.parametrize("dense", [c for c in DENSE if not c.forward_mode.is_decode()], ids=lambda c: c.name)
 def test_kit_runs_extend_between_captured_segments(dense):
     # The kit writes the prefix a second time, at the slots of its contiguous layout; at other context lengths some of
