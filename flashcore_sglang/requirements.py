@@ -12,6 +12,9 @@ PAGE_SIZES = (1, 16, 32, 64, 128)
 POOLS = ("MHATokenToKVPool", "SWAKVPool")
 """SGLang's pools of K and V by token: one for all layers, or one more for the layers with a sliding window."""
 
+CAUSAL = ("decoder", "decoder_bidirectional")
+"""Layers where a token sees those before it. SGLang's other backends, too, take the second for the first; only triton,
+without CUDA graphs and chunks, lets the tokens of an image see each other."""
 SPECULATIVE = ("EAGLE", "EAGLE3", "NEXTN", "STANDALONE", "NGRAM")
 """SGLang's ways of drafting whose drafts are verified here: as many for every request."""
 
@@ -109,7 +112,7 @@ def refusals(facts: ServingFacts) -> list[str]:
 def _model_refusals(facts: ServingFacts) -> list[str | None]:
     other = "serve it with --attention-backend fa3 (GPU) or torch_native (CPU)"
     bad_heads = [x for x in facts.layers if x.num_kv_heads < 1 or x.num_q_heads % x.num_kv_heads]
-    types = sorted({x.attn_type for x in facts.layers if x.attn_type != "decoder"})
+    types = sorted({x.attn_type for x in facts.layers if x.attn_type not in CAUSAL})
     capping = sorted({x.logit_capping_method for x in facts.layers if x.logit_capping_method != "tanh"})
     return [
         f"model: want attention layers, got none; {other}" if not facts.layers else None,

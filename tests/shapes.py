@@ -54,6 +54,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 256,
         "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
+        "hidden_act": "gelu_pytorch_tanh",
         "hidden_activation": "gelu_pytorch_tanh",
     },
     "gemma3": {
@@ -68,11 +69,13 @@ SHAPES: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 256,
         "rope_theta": 1000000.0,
         "rope_local_base_freq": 10000.0,
+        "hidden_act": "gelu_pytorch_tanh",
         "hidden_activation": "gelu_pytorch_tanh",
     },
     "exaone4": {
         "architectures": ["Exaone4ForCausalLM"],
         "model_type": "exaone4",
+        "hidden_size": 1024,
         "num_attention_heads": 8,
         "num_key_value_heads": 2,
         "head_dim": 128,
@@ -85,6 +88,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama4": {  # attention in chunks, in three layers of four
         "architectures": ["Llama4ForCausalLM"],
         "model_type": "llama4_text",
+        "hidden_size": 1024,
         "num_attention_heads": 8,
         "num_key_value_heads": 2,
         "head_dim": 128,
