@@ -24,6 +24,7 @@ def fa3_paged(
     lens: Tensor,
     starts: Tensor,
     most: int,
+    window_left: int = -1,
     **options: Any,
 ) -> Callable[[], Any]:
     """FA3 over a table of pages, causal; `starts`: where each request's queries begin, `most`: of one request."""
@@ -40,7 +41,7 @@ def fa3_paged(
         max_seqlen_q=most,
         softmax_scale=q.shape[2] ** -0.5,
         causal=True,
-        window_size=(-1, -1),
+        window_size=(window_left, -1 if window_left < 0 else 0),
         softcap=0.0,
         **options,
     )
