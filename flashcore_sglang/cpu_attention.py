@@ -10,8 +10,11 @@ import torch
 
 from flashcore_sglang import ops
 from flashcore_sglang.layout import CsrLayout, CsrPager
+from flashcore_sglang.reach import Reach
 from flashcore_sglang.requirements import LayerFacts
 from flashcore_sglang.step import Step
+
+Kind = tuple[Reach, bool]
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,12 @@ class CpuStep:
 
     num_tokens: int
     layout: CsrLayout
-    plans: dict[tuple[int, bool], ops.AttentionPlan]
+    plans: dict[Kind, ops.AttentionPlan]
 
 
-def kind_of(layer: LayerFacts) -> tuple[int, bool]:
-    """What the plan of a layer depends on: its window, and whether that is in a pool of its own."""
-    return layer.sliding_window_size, layer.in_window_pool
+def kind_of(layer: LayerFacts) -> Kind:
+    """What the plan of a layer depends on: how far back it sees, and whether it is in the pool of such layers."""
+    return layer.reach, layer.in_window_pool
 
 
 class CpuAttention:
@@ -73,16 +76,16 @@ class CpuAttention:
         q_lens = None if step.q_lens is None else step.q_lens.cpu()
         mask = None if step.custom_mask is None else step.custom_mask.cpu()
         plans = {
-            (window, translated): ops.plan(
+            (reach, translated): ops.plan(
                 layout,
                 seq_lens,
                 q_lens,
-                window_left=window,
+                reach=reach,
                 custom_mask=mask,
                 slot_map=slot_map if translated else None,
                 batch_invariant=self._batch_invariant,
             )
-            for window, translated in self._kinds
+            for reach, translated in self._kinds
         }
         return CpuStep(step.num_tokens, layout, plans)
 

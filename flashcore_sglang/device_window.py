@@ -1,9 +1,9 @@
-"""The last positions of each request in device memory: what layers with a sliding window read.
+"""The last positions of each request in device memory: what layers read whose tokens do not see everything.
 
-Where ``DevicePager`` keeps all of a request's pages, this keeps those that a window reaches, translated where such
-layers have a pool of their own. Positions are counted from ``bases``, page boundaries at or before the first position
-that is read: shifting a request's positions changes neither what is causal nor what a window reaches. Every request
-reads its own pages.
+Where ``DevicePager`` keeps all of a request's pages, this keeps those that a sliding window or a chunk reaches,
+translated where such layers have a pool of their own. Positions are counted from ``bases``, page boundaries at or
+before the first position that is read: shifting a request's positions changes neither what is causal nor what a
+window reaches. Every request reads its own pages. New tokens in several chunks are several rows, one for each chunk.
 
 It has the methods of ``DevicePager`` that ``GpuDecode`` and ``GpuExtend`` use, and takes its place there.
 """
@@ -13,11 +13,7 @@ from __future__ import annotations
 import torch
 
 from flashcore_sglang.device_pager import DeviceLayout
-
-
-def window_pages(window_left: int, queries: int, page_size: int) -> int:
-    """The most pages that ``queries`` consecutive tokens with such windows read."""
-    return -(-(window_left + queries + page_size - 1) // page_size)
+from flashcore_sglang.reach import Reach
 
 
 class DeviceWindow:
@@ -25,7 +21,7 @@ class DeviceWindow:
 
     Args:
         page_size:   tokens per page.
-        window_left: positions that a token sees before its own.
+        reach:       of the layers; chunks are whole pages.
         max_rows:    the largest batch, padding included.
         max_queries: new tokens of a request that there is room for; where a step has more, its table is allocated.
         max_tokens:  the longest request; longer ones are cut.
@@ -37,21 +33,23 @@ class DeviceWindow:
         self,
         page_size: int,
         *,
-        window_left: int,
+        reach: Reach,
         max_rows: int,
         max_queries: int,
         max_tokens: int,
         num_pages: int,
         device: torch.device | str,
     ) -> None:
-        self.page_size, self.window_left, self.max_rows = page_size, window_left, max_rows
+        if reach.everything or reach.chunk % page_size:
+            raise ValueError(f"reach: want a window, or chunks of whole pages of {page_size} tokens, got {reach}")
+        self.page_size, self.reach, self.max_rows, self.num_rows = page_size, reach, max_rows, 1
         self._num_pages, self._max_tokens = num_pages, max_tokens
         ints = {"dtype": torch.int32, "device": device}
         self._columns = torch.arange(-(-max_tokens // page_size), device=device) * page_size
         self._rows = torch.arange(max_rows + 1, **ints)
         self._segment_rows = torch.stack([self._rows[:-1], self._rows[1:]], dim=1).contiguous()
         self._segment_positions = torch.zeros(max_rows, 2, **ints)
-        self._lens = torch.zeros(max_rows, **ints)
+        self._lens, self._q_lens = torch.zeros(max_rows, **ints), torch.zeros(max_rows, **ints)
         self._sizes, self._status = torch.zeros(8, **ints), torch.zeros(4, **ints)
         self._stride = self._width(max_queries)
         self._table = torch.zeros(max_rows * self._stride, **ints)
@@ -61,7 +59,7 @@ class DeviceWindow:
     @property
     def mebibytes(self) -> float:
         """Device memory of all buffers."""
-        return (self._table.numel() + 6 * self.max_rows) * 4 / 2**20
+        return (self._table.numel() + 7 * self.max_rows) * 4 / 2**20
 
     @property
     def table_stride(self) -> int:
@@ -70,8 +68,18 @@ class DeviceWindow:
 
     @property
     def lens(self) -> torch.Tensor:
-        """[max_rows] int32: by row of the last snapshot, its length counted from its base."""
-        return self._lens
+        """[num_rows] int32: lengths of the last snapshot's rows, counted from their bases."""
+        return self._lens[: self.num_rows]
+
+    @property
+    def q_lens(self) -> torch.Tensor:
+        """[num_rows] int32: new tokens of the last snapshot's rows."""
+        return self._q_lens[: self.num_rows]
+
+    def rows_of(self, requests: int, num_tokens: int) -> int:
+        """The most rows that so many requests with so many new tokens take."""
+        chunk = self.reach.chunk
+        return requests if not chunk else max(1, min(num_tokens, 2 * requests + num_tokens // chunk))
 
     def snapshot(
         self,
@@ -80,6 +88,7 @@ class DeviceWindow:
         seq_lens: torch.Tensor,
         *,
         q_lens: torch.Tensor | None = None,
+        num_tokens: int = 0,
         max_queries: int = 1,
         slot_map: torch.Tensor | None = None,
     ) -> None:
@@ -88,10 +97,13 @@ class DeviceWindow:
         Args:
             req_to_token, req_pool_indices, seq_lens: as for ``DevicePager.snapshot``.
             q_lens:      [B] int32 or int64, the last tokens of each request that are queries; None: one each.
-            max_queries: the most of them of one request.
-            slot_map:    [slots] the slot of the window layers' pool for each slot of the table; None: itself.
+            num_tokens:  their sum, and max_queries: the most of them of one request, where ``q_lens`` is given.
+            slot_map:    [slots] the slot of these layers' pool for each slot of the table; None: itself.
+
+        Raises ValueError for more rows than there is room for.
         """
-        batch = req_pool_indices.numel()
+        requests = req_pool_indices.numel()
+        self.num_rows = batch = requests if q_lens is None else self.rows_of(requests, num_tokens)
         if not 1 <= batch <= self.max_rows:
             raise ValueError(f"req_pool_indices: want 1 .. {self.max_rows} rows, got {batch}")
         stride = self._width(max_queries)
@@ -101,12 +113,14 @@ class DeviceWindow:
             self._step_table = self._table.new_empty(batch * stride)
             self._step_entries, self._step_stride = self._rows * stride, stride
         pool_rows, width = req_to_token.shape
-        ends = seq_lens.clamp(0, min(self._max_tokens, width))
-        queries = 1 if q_lens is None else q_lens
-        starts = (ends - queries - self.window_left).clamp(min=0)
+        rows, ends = req_pool_indices.clamp(0, pool_rows - 1), seq_lens.clamp(0, min(self._max_tokens, width))
+        queries = torch.ones_like(ends) if q_lens is None else torch.minimum(q_lens, ends)
+        if self.reach.chunk and q_lens is not None:
+            rows, starts, ends, queries = self._split(rows, ends, queries)
+        else:
+            starts = self.reach.begin(ends - queries).clamp(min=0)
         bases = starts // self.page_size * self.page_size
         positions = (bases[:, None] + self._columns[:stride]).clamp(max=width - 1)
-        rows = req_pool_indices.clamp(0, pool_rows - 1)
         slots = req_to_token[rows[:, None], positions]
         if slot_map is not None:
             slots = slot_map[slots.clamp(0, slot_map.numel() - 1)]
@@ -116,7 +130,25 @@ class DeviceWindow:
         self._segment_positions[:batch, 0] = starts - bases
         self._segment_positions[:batch, 1] = ends - bases
         self._lens[:batch] = ends - bases
+        self._q_lens[:batch] = queries
         self._sizes[0] = batch
+
+    def _split(
+        self, rows: torch.Tensor, ends: torch.Tensor, queries: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows, first positions, ends and queries of each chunk that has queries, request after request."""
+        chunk, first = self.reach.chunk, ends - queries
+        first_chunk = first // chunk
+        counts = torch.where(queries > 0, (ends - 1) // chunk - first_chunk + 1, 0)
+        before = counts.cumsum(0)
+        index = self._rows[: self.num_rows].to(before.dtype)
+        of = torch.searchsorted(before, index, right=True).clamp(max=len(rows) - 1)
+        begins = (first_chunk[of] + index - (before - counts)[of]) * chunk
+        stops = torch.minimum(ends[of], begins + chunk)
+        used = index < before[-1]
+        zero = torch.zeros_like(begins)
+        queries = torch.where(used, stops - torch.maximum(first[of], begins), zero)
+        return rows[of], torch.where(used, begins, zero), torch.where(used, stops, zero), queries
 
     def build(self) -> None:
         """Nothing: ``snapshot`` has written all. Here because ``DevicePager`` has it."""
@@ -145,4 +177,5 @@ class DeviceWindow:
         )
 
     def _width(self, queries: int) -> int:
-        return min(window_pages(self.window_left, queries, self.page_size), self._columns.numel())
+        most = -(-(self.reach.most(queries) + self.page_size - 1) // self.page_size)
+        return min(most, self._columns.numel())

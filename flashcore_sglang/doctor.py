@@ -86,7 +86,7 @@ def refused() -> list[str]:
     examples: tuple[dict[str, Any], ...] = (
         {"is_mla": True},
         {"is_encoder_decoder": True},
-        {"layers": (LayerFacts(0, 8, 2, is_chunked_local=True),)},
+        {"layers": (LayerFacts(0, 8, 2, attn_type="encoder_only"),)},
         {"page_size": 48},
         {"kv_cache_dtype": "fp8_e4m3"},
         {"speculative_algorithm": "DFLASH"},

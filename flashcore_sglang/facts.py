@@ -50,7 +50,7 @@ def facts_of(model_runner: Any) -> ServingFacts:
                 sliding_window_size=x.sliding_window_size,
                 in_window_pool=in_window_pool.get(x.layer_id, (0, False))[1],
                 has_temperature=getattr(x, "xai_temperature_len", -1) > 0,
-                is_chunked_local=bool(x.use_irope and getattr(model_runner, "attention_chunk_size", None)),
+                chunk=(getattr(model_runner, "attention_chunk_size", None) or 0) if x.use_irope else 0,
                 logit_capping_method=x.logit_capping_method if x.logit_cap else "tanh",
                 pos_encoding_mode=x.pos_encoding_mode,
             )

@@ -1,8 +1,8 @@
 """Attention of a step on a Hopper GPU: which kernels serve which layers, and the buffers that they share.
 
-Layers that read everything share one pager; layers with a window of one size share one ``DeviceWindow``. Each shape of
-heads has a workspace of its own. ``snapshot`` is the only reader of SGLang's tables and runs outside CUDA graphs;
-``plan`` and ``attend`` are captured.
+Layers that read everything share one pager; layers with windows or chunks of one size share one ``DeviceWindow``. Each
+shape of heads has a workspace of its own. ``snapshot`` is the only reader of SGLang's tables and runs outside CUDA
+graphs; ``plan`` and ``attend`` are captured.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from flashcore_sglang.device_pager import MAX_ROWS, DevicePager
 from flashcore_sglang.device_window import DeviceWindow
 from flashcore_sglang.gpu_decode import GpuDecode
 from flashcore_sglang.gpu_extend import GpuExtend, Visible
+from flashcore_sglang.reach import Reach
 from flashcore_sglang.requirements import LayerFacts, ServingFacts
 from flashcore_sglang.step import Step
 
 _NO_GATHER = GatherModel(mebibytes=0, max_page_size=0, rows_scattered=1, rows_boxed=1)
-Kind = tuple[int, bool, int, int, int]
+Kind = tuple[Reach, bool, int, int, int]
 
 
 def kind_of(layer: LayerFacts) -> Kind:
-    """Layers of one kind share a plan: window, whether it is in a pool of its own, heads, KV heads, head dim."""
-    return layer.sliding_window_size, layer.in_window_pool, layer.num_q_heads, layer.num_kv_heads, layer.head_dim
+    """Layers of one kind share a plan: how far back, whether in the pool of such layers, heads, KV heads, head dim."""
+    return layer.reach, layer.in_window_pool, layer.num_q_heads, layer.num_kv_heads, layer.head_dim
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Kernels:
     """What serves the layers of one kind.
 
     Attributes:
-        window: of its pages; None: it reads everything.
+        window: of its pages; None: they read everything.
         decode: one query per request. extend: new tokens; None: another backend serves them.
         verify: drafts, of a fixed size so that it can be captured; None: there are none.
     """
@@ -80,7 +81,7 @@ class GpuAttention:
         self._num_pages, self._window_pages = num_pages, window_pages
         self._max_tokens = min(table_shape[1], num_pages * facts.page_size)
         self._max_extend, self._drafts = max_extend, facts.draft_tokens
-        self._windows: dict[tuple[int, bool], DeviceWindow] = {}
+        self._windows: dict[tuple[Reach, bool], DeviceWindow] = {}
         self._pager: DevicePager | None = None
         # Layers that read everything come first: theirs is the pager that statistics look at.
         self._kernels = {kind: self._make_kernels(kind) for kind in sorted({kind_of(x) for x in facts.layers})}
@@ -108,7 +109,10 @@ class GpuAttention:
 
     def serves(self, step: Step) -> bool:
         """Whether kernels take the step; else it is computed in PyTorch."""
-        return step.num_rows <= self.max_rows and all(x.of(step) for x in self._kernels.values())
+        rows = [step.num_rows]
+        if not step.is_decode:
+            rows += [x.rows_of(step.num_rows, step.num_tokens) for x in self._windows.values()]
+        return max(rows) <= self.max_rows and all(x.of(step) for x in self._kernels.values())
 
     def violation(self) -> tuple[int, int, int, int] | None:
         """As ``DevicePager.violation``."""
@@ -155,13 +159,14 @@ class GpuAttention:
                 step.req_pool_indices,
                 step.seq_lens,
                 q_lens=step.q_lens,
+                num_tokens=step.num_tokens,
                 max_queries=step.max_queries,
                 slot_map=slot_map if translated else None,
             )
         for kernels in self._kernels.values():
             kernel = kernels.of(step)
             assert kernel is not None, "a step that is not served"
-            kernel.use(step.num_rows)
+            kernel.use(kernels.window.num_rows if kernels.window else step.num_rows)
         return GpuStep(self, step, mask)
 
     def kernels(self) -> list[Kernels]:
@@ -171,9 +176,9 @@ class GpuAttention:
         return self._of_layer[layer_id]
 
     def _make_kernels(self, kind: Kind) -> Kernels:
-        window_left, translated, heads, kv_heads, head_dim = kind
+        reach, translated, heads, kv_heads, head_dim = kind
         facts = self._facts
-        window = self._window(window_left, translated) if window_left >= 0 else None
+        window = None if reach.everything else self._window(reach, translated)
         decode = GpuDecode(
             page_size=facts.page_size,
             num_pages=self._num_pages,
@@ -210,12 +215,12 @@ class GpuAttention:
             extend(self.max_rows * self._drafts, _NO_GATHER) if self._drafts else None,
         )
 
-    def _window(self, window_left: int, translated: bool) -> DeviceWindow:
-        key = window_left, translated
+    def _window(self, reach: Reach, translated: bool) -> DeviceWindow:
+        key = reach, translated
         if key not in self._windows:
             self._windows[key] = DeviceWindow(
                 self._facts.page_size,
-                window_left=window_left,
+                reach=reach,
                 max_rows=self.max_rows,
                 max_queries=max(1, self._drafts),
                 max_tokens=self._max_tokens,
@@ -240,11 +245,11 @@ class GpuStep:
             if isinstance(kernel, GpuExtend):
                 assert step.q_lens is not None
                 kernel.plan(
-                    window.lens[: step.num_rows] if window else step.seq_lens,
-                    step.q_lens,
+                    window.lens if window else step.seq_lens,
+                    window.q_lens if window else step.q_lens,
                     step.num_tokens,
                     visible=Visible.CAUSAL if self._mask is None else Visible.MASKED,
-                    window_left=window.window_left if window else -1,
+                    window_left=window.reach.left if window else -1,
                 )
             elif kernel:
                 kernel.plan()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from flashcore_sglang.layout import CsrLayout
+from flashcore_sglang.reach import EVERYTHING, Reach
 
 _SHORT_TOKENS = 256
 """Segments of one query and at most this length are computed together: copying them costs less than calls for each."""
@@ -29,7 +30,7 @@ class SegmentRead:
         positions: [n] int64 position of each of these tokens; None: all see the whole segment.
         begin:     first position of the segment.
         length:    its tokens.
-        window_left: positions that a token sees before its own; -1: all.
+        reach:     how far back the tokens see.
         visible:   [n, length] bool in place of the causal rule: a tree of drafts; None: causal.
     """
 
@@ -38,7 +39,7 @@ class SegmentRead:
     positions: torch.Tensor | None
     begin: int
     length: int
-    window_left: int = -1
+    reach: Reach = EVERYTHING
     visible: torch.Tensor | None = None
 
     def keys_of(self, tile: slice) -> tuple[int, int]:
@@ -46,9 +47,7 @@ class SegmentRead:
         if self.positions is None or self.visible is not None:
             return 0, self.length
         positions = self.positions[tile]
-        begin = 0
-        if self.window_left >= 0:
-            begin = max(0, int(positions.min()) - self.window_left - self.begin)
+        begin = max(0, self.reach.begin(int(positions.min())) - self.begin)
         return begin, min(self.length, int(positions.max()) + 1 - self.begin)
 
     def hidden(self, tile: slice, keys: tuple[int, int], device: torch.device) -> torch.Tensor | None:
@@ -60,7 +59,7 @@ class SegmentRead:
         key = torch.arange(self.begin + keys[0], self.begin + keys[1], device=device)[None, :]
         position = self.positions[tile].to(device)[:, None]
         hidden = key > position
-        return hidden if self.window_left < 0 else hidden | (key < position - self.window_left)
+        return hidden if self.reach.everything else hidden | (key < self.reach.begin(position))
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def plan(
     seq_lens: torch.Tensor,
     q_lens: torch.Tensor | None = None,
     *,
-    window_left: int = -1,
+    reach: Reach = EVERYTHING,
     custom_mask: torch.Tensor | None = None,
     slot_map: torch.Tensor | None = None,
     batch_invariant: bool = False,
@@ -103,10 +102,9 @@ def plan(
         layout:   complete: nothing staged.
         seq_lens: [B] CPU, end of each row's range.
         q_lens:   [B] CPU, queries of each row; None: one each (decode). Rows without tokens have no keys: zeros.
-        window_left: positions that a query sees before its own; -1: all. Segments are read from the first position on
-                  that one of their queries sees.
+        reach:    how far back the queries see. Segments are read from the first position on that one of theirs sees.
         custom_mask: [sum of q_lens * seq_lens] CPU bool, in place of the causal rule: for each row its queries by its
-                  positions; True is seen. Without a window.
+                  positions; True is seen. Not with a ``reach``.
         slot_map: [slots] the slot that stands for each slot of the layout, in another pool; None: itself.
         batch_invariant: a row's result does not depend on the others, if the layout shares nothing.
 
@@ -122,7 +120,7 @@ def plan(
     for name, values in (("seq_lens", lens), ("q_lens", counts)):
         if len(values) != layout.num_rows:
             raise ValueError(f"{name}: want {layout.num_rows} entries, one per row, got {len(values)}")
-    queries = _Queries(lens, counts, window_left, custom_mask)
+    queries = _Queries(lens, counts, reach, custom_mask)
     order, indptr = layout.row_order.tolist(), layout.run_indptr.tolist()
     reads = []
     for i, ((row_begin, row_end), (begin, end)) in enumerate(
@@ -140,10 +138,10 @@ def plan(
 class _Queries:
     """The query tokens of a step, row after row, and what they see."""
 
-    def __init__(self, lens: list[int], counts: list[int], window_left: int, custom_mask: torch.Tensor | None) -> None:
-        if custom_mask is not None and window_left >= 0:
-            raise ValueError(f"custom_mask: want one without a window, got a window of {window_left}")
-        self.lens, self.counts, self.window_left, self.mask = lens, counts, window_left, custom_mask
+    def __init__(self, lens: list[int], counts: list[int], reach: Reach, custom_mask: torch.Tensor | None) -> None:
+        if custom_mask is not None and not reach.everything:
+            raise ValueError(f"custom_mask: want one where tokens see everything else, got {reach}")
+        self.lens, self.counts, self.reach, self.mask = lens, counts, reach, custom_mask
         self.first_token = [0, *itertools.accumulate(counts)]
         self._first_mask = [0, *itertools.accumulate(c * n for c, n in zip(counts, lens, strict=True))]
 
@@ -153,27 +151,26 @@ class _Queries:
         positions: list[int] = []
         for row in rows:
             first, count = self.lens[row] - self.counts[row], self.counts[row]
-            # Queries before the segment see nothing of it, unless a mask says so; nor do those whose window begins
-            # behind it.
+            # Queries before the segment see nothing of it, unless a mask says so; nor do those that begin behind it.
             skipped = max(0, begin - first) if self.mask is None else 0
-            stop = count if self.window_left < 0 else min(count, end + self.window_left - first)
+            stop = min(count, last - first) if (last := self.reach.stop(end)) is not None else count
             if skipped < stop:
                 tokens.extend(range(self.first_token[row] + skipped, self.first_token[row] + stop))
                 positions.extend(range(first + skipped, first + stop))
         if not tokens:
             return None
         visible = None if self.mask is None else self._visible(rows, begin, end)
-        if self.window_left >= 0 and (seen := max(begin, min(positions) - self.window_left)) > begin:
+        if (seen := max(begin, self.reach.begin(min(positions)))) > begin:
             slots = slice(slots.start + seen - begin, slots.stop) if isinstance(slots, slice) else slots[seen - begin :]
             begin = seen
-        masked = min(positions) < end - 1 or (self.window_left >= 0 and max(positions) - self.window_left > begin)
+        masked = min(positions) < end - 1 or self.reach.begin(max(positions)) > begin
         return SegmentRead(
             slots=slots,
             tokens=_as_slice(tokens),
             positions=torch.tensor(positions) if masked else None,
             begin=begin,
             length=end - begin,
-            window_left=self.window_left,
+            reach=self.reach,
             visible=visible,
         )
 

@@ -70,6 +70,7 @@ def extend(
     sinks: torch.Tensor | None = None,
     causal: bool = True,
     window_left: int = -1,
+    chunk: int = 0,
     custom_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of the last ``q_lens`` tokens of each request over its cache; decode is ``q_lens`` of 1.
@@ -79,6 +80,7 @@ def extend(
         req_to_token, req_pool_indices, seq_lens: SGLang's tables on the CPU, see ``layout.build_layout_from_slots``.
         causal: False: every token sees all positions of its request.
         window_left: positions that a token sees before its own; -1: all.
+        chunk: tokens of a chunk, which a token does not see past the beginning of; 0: none.
         custom_mask: [sum of q_lens * seq_lens] bool; in place of ``causal``, for each request its tokens by positions.
 
     Returns:
@@ -91,6 +93,8 @@ def extend(
         visible = keys <= queries if causal else torch.ones(q_len, seq_len, dtype=torch.bool)
         if window_left >= 0:
             visible &= keys >= queries - window_left
+        if chunk:
+            visible &= keys >= queries // chunk * chunk
         if custom_mask is not None:
             visible = custom_mask[mask_at : mask_at + q_len * seq_len].view(q_len, seq_len).bool()
             mask_at += q_len * seq_len

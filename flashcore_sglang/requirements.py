@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from flashcore_sglang.reach import Reach
+
 GPU_HEAD_DIMS, GPU_MAX_RATIO = (64, 128, 256), 16
 GPU_MAX_REQUESTS = 1024  # of a batch
 PAGE_SIZES = (1, 16, 32, 64, 128)
@@ -34,11 +36,15 @@ class LayerFacts:
     attn_type: str = "decoder"
     is_cross_attention: bool = False
     sliding_window_size: int = -1  # positions seen before a token's own; -1: all
-    in_window_pool: bool = False  # K and V are in the pool of layers with a window
+    in_window_pool: bool = False  # K and V are in the pool of layers with a window or chunks
     has_temperature: bool = False
-    is_chunked_local: bool = False
+    chunk: int = 0  # tokens of a chunk that a token does not see past the beginning of; 0: none
     logit_capping_method: str = "tanh"
     pos_encoding_mode: str = "NONE"
+
+    @property
+    def reach(self) -> Reach:
+        return Reach(self.sliding_window_size, self.chunk if self.sliding_window_size < 0 else 0)
 
 
 @dataclass(frozen=True)
@@ -122,11 +128,6 @@ def _model_refusals(facts: ServingFacts) -> list[str | None]:
             if any(x.pos_encoding_mode != "NONE" for x in facts.layers)
             else None
         ),
-        (
-            f"model: want full attention in every layer, got chunks of local attention; {other}"
-            if any(x.is_chunked_local for x in facts.layers)
-            else None
-        ),
         f"model: want multi-head or grouped-query attention, got MLA; {other}" if facts.is_mla else None,
         (
             f"model: want a decoder, got an encoder-decoder; {other}"
@@ -150,6 +151,7 @@ def _model_refusals(facts: ServingFacts) -> list[str | None]:
 
 def _gpu_refusals(facts: ServingFacts) -> list[str | None]:
     """What the kernels of csrc/attention do not take."""
+    chunks = sorted({x.chunk for x in facts.layers if x.chunk % facts.page_size})
     shapes = {(x.num_q_heads, x.num_kv_heads, x.head_dim, x.v_head_dim) for x in facts.layers}
     dims = sorted({d for _, _, *both in shapes for d in both})
     ratios = sorted({h // g for h, g, *_ in shapes if g})
@@ -176,6 +178,12 @@ def _gpu_refusals(facts: ServingFacts) -> list[str | None]:
             f"model: want head dim {', '.join(map(str, GPU_HEAD_DIMS))}, the same for K and V, got {dims}; "
             "serve it with --attention-backend fa3"
             if any(d not in GPU_HEAD_DIMS for d in dims) or any(k != v for _, _, k, v in shapes)
+            else None
+        ),
+        (
+            f"page_size: want pages that fill the chunks of attention, got {facts.page_size} and chunks of {chunks}; "
+            "start with another --page-size"
+            if chunks
             else None
         ),
         (
@@ -222,9 +230,9 @@ def _option_refusals(facts: ServingFacts) -> list[str | None]:
             else None
         ),
         (
-            f"speculative decoding: want one branch where layers have a sliding window, got {facts.draft_branches}; "
-            "start with --speculative-eagle-topk 1"
-            if facts.draft_tokens and facts.draft_branches > 1 and any(x.sliding_window_size >= 0 for x in facts.layers)
+            "speculative decoding: want one branch where layers have a sliding window or chunks, got "
+            f"{facts.draft_branches}; start with --speculative-eagle-topk 1"
+            if facts.draft_tokens and facts.draft_branches > 1 and not all(x.reach.everything for x in facts.layers)
             else None
         ),
         (

@@ -27,6 +27,7 @@ import peers  # noqa: E402
 
 from flashcore_sglang.device_window import DeviceWindow  # noqa: E402
 from flashcore_sglang.gpu_decode import GpuDecode  # noqa: E402
+from flashcore_sglang.reach import Reach  # noqa: E402
 
 HEADS, KV_HEADS, DIM, LAYERS = 32, 8, 128, 32
 CASES = {"64 x 32768": (64, 32768), "256 x 8192": (256, 8192), "1 x 32768": (1, 32768)}
@@ -50,7 +51,7 @@ def measure(name: str, page_size: int, permuted: bool, window_left: int, args: a
     out, lens = torch.empty_like(q), torch.full((requests,), tokens, dtype=torch.int32, device="cuda")
     rows = torch.arange(requests, device="cuda")
     shared: dict[str, Any] = {"max_rows": requests, "max_tokens": tokens, "num_pages": size // page_size}
-    window = DeviceWindow(page_size, window_left=window_left, max_queries=1, device="cuda", **shared)
+    window = DeviceWindow(page_size, reach=Reach(window_left), max_queries=1, device="cuda", **shared)
     decode = GpuDecode(page_size=page_size, pager=window, heads=HEADS, kv_heads=KV_HEADS, head_dim=DIM, **shared)
 
     def snapshot() -> None:

@@ -98,7 +98,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "intermediate_size_mlp": 512,
         "num_local_experts": 2,
         "num_experts_per_tok": 1,
-        "interleave_moe_layer_step": 1,
+        "interleave_moe_layer_step": 8,
         "use_qk_norm": True,
         "attn_temperature_tuning": False,
         "rope_theta": 500000.0,

@@ -213,10 +213,9 @@ def test_violations_are_reported_again_after_a_while(scheduler, monkeypatch, cap
     assert "(4 such steps so far)" in caplog.text
 
 
-@pytest.mark.parametrize("field", ["use_irope", "is_cross_attention", "logit_capping_method"])
+@pytest.mark.parametrize("field", ["is_cross_attention", "logit_capping_method"])
 def test_layer_that_is_not_served_is_refused(scheduler, field):
     layer = scheduler.runner.model[0]
-    scheduler.runner.attention_chunk_size = 8192
     layer.logit_cap = 30.0
     value = {"logit_capping_method": "sigmoid"}.get(field, True)
     setattr(layer, field, value)

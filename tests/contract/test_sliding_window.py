@@ -1,4 +1,4 @@
-"""Models with sliding windows: one pool for all layers, and SGLang's pair of pools with slots of their own."""
+"""Models with sliding windows or chunks: one pool for all layers, and SGLang's pair of pools, each with its slots."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FULL, WINDOWED = 0, 1  # layers
 class Hybrid:
     """Three requests on a model of two layers; the first two share 30 positions."""
 
-    def __init__(self, page_size: int, two_pools: bool) -> None:
+    def __init__(self, page_size: int, two_pools: bool, chunk: int = 0) -> None:
         self.random = torch.Generator().manual_seed(0)
         self.page_size = page_size
         pool_options = {
@@ -49,8 +49,17 @@ class Hybrid:
             )
         self.layers = [
             RadixAttention(HEADS, DIM, SCALE, KV_HEADS, layer_id=FULL),
-            RadixAttention(HEADS, DIM, SCALE, KV_HEADS, layer_id=WINDOWED, sliding_window_size=WINDOW),
+            RadixAttention(
+                HEADS,
+                DIM,
+                SCALE,
+                KV_HEADS,
+                layer_id=WINDOWED,
+                sliding_window_size=-1 if chunk else WINDOW,
+                use_irope=chunk > 0,
+            ),
         ]
+        self.chunk = changes["attention_chunk_size"] = chunk
         self.runner = make_runner(
             slots=SLOTS, page_size=page_size, layers=2, model=torch.nn.ModuleList(self.layers), **changes
         )
@@ -87,7 +96,9 @@ class Hybrid:
         """Fills with NaN what no window reaches, and takes it out of the map, as SGLang does in time."""
         seen = torch.zeros(SLOTS + self.page_size, dtype=torch.bool)
         for row, length in enumerate(LENS, start=1):
-            seen[self.table[row, max(0, length - queries - WINDOW) : length].long()] = True
+            first = length - queries
+            first = first // self.chunk * self.chunk if self.chunk else first - WINDOW
+            seen[self.table[row, max(0, first) : length].long()] = True
         if self.slot_map is not None:
             pages = seen.view(-1, self.page_size).any(dim=1).repeat_interleave(self.page_size)
             self.slot_map[: len(seen)][~pages] = 0
@@ -129,6 +140,7 @@ class Hybrid:
             page_size=self.page_size,
             scale=SCALE,
             window_left=layer.sliding_window_size,
+            chunk=self.chunk if layer.use_irope else 0,
         )
         torch.testing.assert_close(got.double(), want.view(tokens, -1), atol=1e-5, rtol=1e-5)
 
@@ -136,12 +148,13 @@ class Hybrid:
 @pytest.mark.parametrize("kernels", [False, True], ids=["PyTorch", "tables of a GPU"])
 @pytest.mark.parametrize("q_lens", [None, [3, 7, 2]], ids=["decode", "extend"])
 @pytest.mark.parametrize("two_pools", [False, True], ids=["one pool", "two pools"])
+@pytest.mark.parametrize("chunk", [0, 16], ids=["window", "chunks"])
 @pytest.mark.parametrize("page_size", [1, 4, 16])
-def test_full_and_windowed_layers_of_a_step(page_size, two_pools, q_lens, kernels, monkeypatch):
+def test_full_and_windowed_layers_of_a_step(page_size, chunk, two_pools, q_lens, kernels, monkeypatch):
     if page_size == 4:
         monkeypatch.setattr("flashcore_sglang.requirements.PAGE_SIZES", (1, 4, 16))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    model = Hybrid(page_size, two_pools)
+    model = Hybrid(page_size, two_pools, chunk)
     if kernels:
         fake_kernels.install(monkeypatch)
         model.backend._gpu = model.backend._make_gpu(model.runner)

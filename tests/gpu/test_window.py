@@ -13,6 +13,7 @@ from flashcore_sglang.device_pager import DevicePager
 from flashcore_sglang.device_window import DeviceWindow
 from flashcore_sglang.gpu_decode import GpuDecode
 from flashcore_sglang.gpu_extend import GpuExtend, Visible
+from flashcore_sglang.reach import Reach
 
 pytestmark = pytest.mark.gpu
 
@@ -76,7 +77,7 @@ def captured(steps) -> torch.cuda.CUDAGraph:
 def test_captured_decode_with_a_window(page_size, window_left, head_dim, translated):
     case = Case(page_size, window_left, head_dim, [1] * len(LENS), translated)
     sizes = {"max_rows": 16, "max_tokens": CONTEXT, "num_pages": case.pages}
-    window = DeviceWindow(page_size, window_left=window_left, max_queries=1, device="cuda", **sizes)
+    window = DeviceWindow(page_size, reach=Reach(window_left), max_queries=1, device="cuda", **sizes)
     decode = GpuDecode(page_size=page_size, pager=window, head_dim=head_dim, **sizes, **SHAPE)
     k, v, table, out = case.k.cuda(), case.v.cuda(), case.table.cuda(), torch.empty_like(case.q)
 
@@ -104,13 +105,19 @@ def test_extend_with_a_window(page_size, window_left, head_dim, translated):
     q_lens = [3, 200, 1, 300, 0, 129, 128, 2]
     case = Case(page_size, window_left, head_dim, q_lens, translated)
     sizes = {"max_rows": 16, "max_tokens": CONTEXT, "num_pages": case.pages}
-    window = DeviceWindow(page_size, window_left=window_left, max_queries=1, device="cuda", **sizes)
+    window = DeviceWindow(page_size, reach=Reach(window_left), max_queries=1, device="cuda", **sizes)
     extend = GpuExtend(window, head_dim=head_dim, max_tokens=1024, **SHAPE)
     window.snapshot(
-        case.table.cuda(), case.indices, case.lens, q_lens=case.q_lens, max_queries=300, slot_map=case.slot_map
+        case.table.cuda(),
+        case.indices,
+        case.lens,
+        q_lens=case.q_lens,
+        num_tokens=sum(q_lens),
+        max_queries=300,
+        slot_map=case.slot_map,
     )
     extend.use(len(LENS))
-    extend.plan(window.lens[: len(LENS)], case.q_lens, sum(q_lens), window_left=window_left)
+    extend.plan(window.lens, window.q_lens, sum(q_lens), window_left=window_left)
     out = torch.full_like(case.q, torch.nan)
     extend.attend(case.q, case.k.cuda(), case.v.cuda(), out, **case.options)
     close(out, case.want(window_left=window_left))

@@ -56,5 +56,6 @@ class Definition(AttentionBackend):
             logit_cap=layer.logit_cap or 0.0,
             sinks=None if sinks is None else sinks.cpu(),
             window_left=layer.sliding_window_size,
+            chunk=(self.chunk or 0) if layer.use_irope else 0,
         )
         return out.to(q.dtype).to(q.device).flatten(1)

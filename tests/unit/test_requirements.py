@@ -61,11 +61,10 @@ def test_supported_configuration_is_not_refused(page_size, dtype):
         ),
         (
             {"draft_tokens": 8, "draft_branches": 2, "layers": layer(sliding_window_size=127)},
-            "want one branch where layers have a sliding window, got 2; start with --speculative-eagle-topk 1",
+            "a sliding window or chunks, got 2; start with --speculative-eagle-topk 1",
         ),
         ({"deterministic": True}, "deterministic inference: want a GPU"),
         ({"layers": ()}, "model: want attention layers, got none"),
-        ({"layers": layer(is_chunked_local=True)}, "want full attention in every layer, got chunks of local attention"),
         ({"layers": layer(logit_capping_method="sigmoid")}, "model: want logits capped by tanh, got sigmoid"),
         ({"layers": layer(pos_encoding_mode="ALIBI")}, "model: want positions encoded outside of attention"),
         ({"context_parallel": 2}, "context parallelism: want 1, got 2; leave out --dcp-size"),

@@ -15,8 +15,9 @@ from unit.strategies import Batch, forests
 from unit.test_attention import MIXED, TINY, Case, forest, make
 
 from flashcore_sglang import ops, reference
-from flashcore_sglang.device_window import DeviceWindow, window_pages
+from flashcore_sglang.device_window import DeviceWindow
 from flashcore_sglang.layout import CsrPager
+from flashcore_sglang.reach import Reach
 
 WINDOWS = (0, 1, 4, 15, 16, 30, 4096)
 
@@ -38,9 +39,9 @@ def through(case: Case, slot_map: torch.Tensor) -> Case:
     return replace(case, k=k, v=v)
 
 
-def planned(case: Case, **options: object) -> torch.Tensor:
+def planned(case: Case, *, window_left: int = -1, chunk: int = 0, **options: object) -> torch.Tensor:
     _, lens, q_lens = case.vectors
-    plan = ops.plan(case.layout(), lens, q_lens, **options)
+    plan = ops.plan(case.layout(), lens, q_lens, reach=Reach(window_left, chunk), **options)
     return ops.attend(case.q, case.k, case.v, plan, scale=case.scale, sinks=case.sinks)
 
 
@@ -64,6 +65,12 @@ def close(got: torch.Tensor, want: torch.Tensor) -> None:
 def test_window_reads_nothing_below_it(page_size, window_left, q_lens):
     case = free_below(make(forest(page_size), q_lens, sinks=torch.tensor([0.0, 1.0, -1.0, 2.0])), window_left)
     close(planned(case, window_left=window_left), defined(case, window_left=window_left))
+
+
+@given(forests(min_rows=1, page_sizes=(1, 3, 16)), st.sampled_from((1, 5, 16, 40)), st.data())
+def test_chunks_of_any_batch_equal_the_definition(batch: Batch, chunk: int, data: st.DataObject):
+    case = make(batch, [data.draw(st.integers(0, end)) for end in batch.ends], dim=8)
+    close(planned(case, chunk=chunk), defined(case, chunk=chunk))
 
 
 @given(forests(min_rows=1, page_sizes=(1, 3, 16)), st.sampled_from(WINDOWS), st.data())
@@ -106,7 +113,7 @@ def test_tree_of_drafts_equals_the_definition(q_lens):
 
 def test_tree_with_a_window_is_refused():
     case = make(forest(), [1] * 6)
-    with pytest.raises(ValueError, match="custom_mask: want one without a window, got a window of 4"):
+    with pytest.raises(ValueError, match="custom_mask: want one where tokens see everything else"):
         planned(case, custom_mask=tree_mask(case), window_left=4)
 
 
@@ -144,7 +151,7 @@ def test_tables_of_a_window_hold_what_it_reaches(page_size, window_left, q_lens,
     slot_map = (blocks[:, None] * page_size + torch.arange(page_size)).flatten() if translated else None
     window = DeviceWindow(
         page_size,
-        window_left=window_left,
+        reach=Reach(window_left),
         max_rows=8,
         max_queries=1,
         max_tokens=table.shape[1],
@@ -156,6 +163,7 @@ def test_tables_of_a_window_hold_what_it_reaches(page_size, window_left, q_lens,
         indices,
         lens,
         q_lens=None if q_lens is None else counts,
+        num_tokens=sum(case.q_lens),
         max_queries=max(case.q_lens),
         slot_map=slot_map,
     )
@@ -166,11 +174,54 @@ def test_tables_of_a_window_hold_what_it_reaches(page_size, window_left, q_lens,
         want = case.owned(row)[first:]
         assert slots == (want if slot_map is None else slot_map[want]).tolist()
         assert begin == first % page_size and length == int(window.lens[row])
-        assert length <= window_pages(window_left, max(case.q_lens), page_size) * page_size
+        assert int(window.q_lens[row]) == count
+        assert -(-length // page_size) <= window.table_stride
+
+
+@pytest.mark.parametrize("q_lens", [None, MIXED, [70, 64, 33, 90, 17, 1]], ids=["decode", "mixed", "prompts"])
+@pytest.mark.parametrize("chunk", [16, 32, 128])
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_tables_of_chunks_have_a_row_for_each_chunk(page_size, chunk, q_lens):
+    case = make(forest(page_size), q_lens)
+    table, (indices, lens, counts) = case.table, case.vectors
+    window = DeviceWindow(
+        page_size,
+        reach=Reach(chunk=chunk),
+        max_rows=64,
+        max_queries=1,
+        max_tokens=table.shape[1],
+        num_pages=case.batch.num_pages,
+        device="cpu",
+    )
+    tokens = sum(case.q_lens)
+    window.snapshot(
+        table, indices, lens, q_lens=None if q_lens is None else counts, num_tokens=tokens, max_queries=chunk
+    )
+    want = []
+    for row, (end, count) in enumerate(zip(case.batch.ends, case.q_lens, strict=True)):
+        for begin in range((end - count) // chunk * chunk, end, chunk) if count else ():
+            stop = min(end, begin + chunk)
+            want.append((case.owned(row)[begin:stop].tolist(), stop - max(begin, end - count)))
+    assert window.num_rows >= len(want) and int(window.q_lens.sum()) == tokens
+    for i in range(window.num_rows):
+        slots, _ = pages_of(window, i, window.num_rows)
+        assert (slots, int(window.q_lens[i])) == (want[i] if i < len(want) else ([], 0))
+        assert int(window.lens[i]) == len(slots)
+
+
+@pytest.mark.parametrize("reach", [Reach(), Reach(chunk=24)])
+def test_reach_that_has_no_table_is_refused(reach):
+    with pytest.raises(ValueError, match="reach: want a window, or chunks of whole pages of 16 tokens"):
+        DeviceWindow(16, reach=reach, max_rows=4, max_queries=1, max_tokens=32, num_pages=10, device="cpu")
+
+
+def test_window_and_chunks_at_once_are_refused():
+    with pytest.raises(ValueError, match="reach: want a window or chunks"):
+        Reach(4, 16)
 
 
 def test_tables_stay_in_bounds_whatever_sglang_holds():
-    window = DeviceWindow(1, window_left=7, max_rows=4, max_queries=1, max_tokens=32, num_pages=10, device="cpu")
+    window = DeviceWindow(1, reach=Reach(7), max_rows=4, max_queries=1, max_tokens=32, num_pages=10, device="cpu")
     table = torch.full((3, 32), 2**30, dtype=torch.int32)
     table[1] = -5
     window.snapshot(table, torch.tensor([1, 99, -3]), torch.tensor([1000, -4, 32]), slot_map=torch.tensor([9, 11, -1]))
@@ -182,7 +233,7 @@ def test_tables_stay_in_bounds_whatever_sglang_holds():
 
 
 def test_captured_steps_read_the_same_memory_after_a_longer_one():
-    window = DeviceWindow(1, window_left=3, max_rows=4, max_queries=1, max_tokens=32, num_pages=64, device="cpu")
+    window = DeviceWindow(1, reach=Reach(3), max_rows=4, max_queries=1, max_tokens=32, num_pages=64, device="cpu")
     table = torch.arange(64, dtype=torch.int32).view(2, 32)
     one = torch.tensor([1])
     window.snapshot(table, one, torch.tensor([20]))
