@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import time
 from typing import Any
 
@@ -167,7 +168,8 @@ class FlashCoreSparseBackend(AttentionBackend):
     ) -> torch.Tensor:
         plan = self.forward_metadata
         assert plan is not None, "forward before init_forward_metadata"
-        if unknown := sorted(name for name, value in kwargs.items() if name != "sinks" and value is not None):
+        given = {name for name, value in kwargs.items() if value is not None and value is not False}
+        if unknown := sorted(given - {"sinks"}):
             raise ValueError(f"{NAME}: want no argument but sinks from the model, got {', '.join(unknown)}")
         if save_kv_cache and k is not None and v is not None:
             self.token_to_kv_pool.set_kv_buffer(layer, self._write_loc(forward_batch), k, v)
@@ -176,9 +178,9 @@ class FlashCoreSparseBackend(AttentionBackend):
         k_cache = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
         v_cache = self.token_to_kv_pool.get_value_buffer(layer.layer_id)
         # Data-parallel attention may pad the tokens; what is past the plan's belongs to no request.
-        tokens, padded = plan.num_tokens, q.shape[0]
-        new = q.new_empty if tokens == padded else q.new_zeros
-        out = new(padded, layer.tp_q_head_num, layer.v_head_dim)
+        tokens = plan.num_tokens
+        out = _output(forward_batch, q, layer)
+        out[tokens:].zero_()
         sinks = kwargs.get("sinks")
         options = {
             "scale": layer.scaling,
@@ -189,7 +191,7 @@ class FlashCoreSparseBackend(AttentionBackend):
             plan.attend(layer.layer_id, q[:tokens], k_cache, v_cache, out[:tokens], **options)
         else:
             self._cpu.attend(plan, layer.layer_id, q[:tokens], k_cache, v_cache, out[:tokens], **options)
-        return out.view(padded, -1)
+        return out.flatten(1)
 
     def _write_loc(self, forward_batch: Any) -> KVWriteLoc:
         """Where this batch's K and V go; from SGLang 0.5.23 on the batch also says in which id space."""
@@ -228,7 +230,6 @@ class FlashCoreSparseBackend(AttentionBackend):
             page_size=self.page_size,
             num_pages=self.num_pages,
             sharing=self._sharing,
-            batch_invariant=self._facts.deterministic,
             report=self._report,
         )
 
@@ -292,3 +293,12 @@ class FlashCoreSparseBackend(AttentionBackend):
         """The request reads the padding page where its table is wrong, and the server goes on."""
         ids, width = f"0 <= slot < {self.num_pages * self.page_size}", self.req_to_token_pool.req_to_token.shape[1]
         self._violations.report(describe_status(status, "req_to_token", "seq_lens", ids, width))
+
+
+def _output(forward_batch: Any, q: torch.Tensor, layer: Any) -> torch.Tensor:
+    """[T, H, Dv] where the result goes: between the segments of a prefill graph SGLang says where, else anywhere."""
+    shape = q.shape[0], layer.tp_q_head_num, layer.v_head_dim
+    given = getattr(forward_batch, "_attn_output", None)
+    if given is not None and given.dtype == q.dtype and given.numel() == math.prod(shape) and given.is_contiguous():
+        return given.view(shape)
+    return q.new_empty(shape)

@@ -44,7 +44,6 @@ class CpuAttention:
         layers:    of the model.
         page_size, num_pages: of the KV pool.
         sharing:   False: every request reads its own pages.
-        batch_invariant: a request's result does not depend on the batch.
         report:    called with ``CsrLayout.status`` where a step's tables are wrong.
     """
 
@@ -55,13 +54,12 @@ class CpuAttention:
         page_size: int,
         num_pages: int,
         sharing: bool,
-        batch_invariant: bool,
         report: Callable[[tuple[int, int, int, int]], None],
     ) -> None:
         self._kinds = sorted({kind_of(x) for x in layers})
         self._kind_of_layer = {x.layer_id: kind_of(x) for x in layers}
         self._pager = CsrPager(page_size, num_pages=num_pages, sharing=sharing)
-        self._batch_invariant, self._report = batch_invariant, report
+        self._report = report
 
     def plan(self, step: Step, req_to_token: torch.Tensor, slot_map: torch.Tensor | None) -> CpuStep:
         """Copies what the step reads of SGLang's tables, and says what every kind of layer reads.
@@ -83,7 +81,6 @@ class CpuAttention:
                 reach=reach,
                 custom_mask=mask,
                 slot_map=slot_map if translated else None,
-                batch_invariant=self._batch_invariant,
             )
             for reach, translated in self._kinds
         }

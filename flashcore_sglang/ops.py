@@ -94,7 +94,6 @@ def plan(
     reach: Reach = EVERYTHING,
     custom_mask: torch.Tensor | None = None,
     slot_map: torch.Tensor | None = None,
-    batch_invariant: bool = False,
 ) -> AttentionPlan:
     """Queries of every segment: the last ``q_lens`` tokens of each row, causal.
 
@@ -106,7 +105,6 @@ def plan(
         custom_mask: [sum of q_lens * seq_lens] CPU bool, in place of the causal rule: for each row its queries by its
                   positions; True is seen. Not with a ``reach``.
         slot_map: [slots] the slot that stands for each slot of the layout, in another pool; None: itself.
-        batch_invariant: a row's result does not depend on the others, if the layout shares nothing.
 
     Raises ValueError if the layout is incomplete or the vectors do not fit it.
     """
@@ -129,10 +127,7 @@ def plan(
         read = queries.read(order[row_begin:row_end], begin, end, _as_index(layout.runs[indptr[i] : indptr[i + 1]]))
         if read is not None:
             reads.append(read if slot_map is None else replace(read, slots=_map_slots(read.slots, slot_map)))
-    short: list[ShortReads] = []
-    if not batch_invariant:
-        reads, short = _put_short_together(reads)
-    return AttentionPlan(queries.first_token[-1], reads, short)
+    return AttentionPlan(queries.first_token[-1], *_put_short_together(reads))
 
 
 class _Queries:

@@ -236,15 +236,16 @@ def _option_refusals(facts: ServingFacts) -> list[str | None]:
             else None
         ),
         (
-            "deterministic inference: want another backend for prefill, as sums here depend on the batch; start with "
-            "--attention-backend fa3 --decode-attention-backend flashcore_sparse"
-            if facts.deterministic and facts.device == "cuda" and facts.serves_prefill
+            "deterministic inference: want another backend for prefill where layers have a sliding window or chunks, "
+            "as sums here depend on how a prompt is cut; start with --attention-backend fa3 --decode-attention-backend "
+            "flashcore_sparse"
+            if facts.deterministic and facts.serves_prefill and not all(x.reach.everything for x in facts.layers)
             else None
         ),
         (
             f"deterministic inference: want at most {GPU_MAX_REQUESTS} requests at a time, got {facts.max_requests}; "
             f"start with --max-running-requests {GPU_MAX_REQUESTS}"
-            if facts.deterministic and not facts.serves_prefill and _large_batches(facts)
+            if facts.deterministic and _large_batches(facts)
             else None
         ),
         (

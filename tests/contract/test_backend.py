@@ -105,6 +105,21 @@ def test_tokens_that_pad_the_batch_give_zeros(scheduler):
     assert not got[20:].any()
 
 
+def test_result_goes_where_a_prefill_graph_wants_it(scheduler):
+    """Between captured segments SGLang narrows q to the real tokens and gives the slice of its static output."""
+    backend = FlashCoreSparseBackend(scheduler.runner)
+    batch = scheduler.batch([scheduler.add(list(range(20)))[0]], [20])
+    q, k, v = tensors(scheduler, 20)
+    backend.init_forward_metadata(batch)
+    static = torch.full((32, HEADS * DIM), torch.nan)
+    batch._attn_output = static[:20]
+    got = backend.forward(q, k, v, scheduler.runner.model[0], batch, return_lse=False)
+    assert got.data_ptr() == static.data_ptr()
+    close(static[:20], wanted(scheduler, batch, q))
+    batch._attn_output = static[:7]  # of another call
+    assert backend.forward(q, k, v, scheduler.runner.model[0], batch).data_ptr() != static.data_ptr()
+
+
 def test_kv_that_the_model_wrote_is_not_written_again(scheduler):
     backend = FlashCoreSparseBackend(scheduler.runner)
     batch = scheduler.batch([scheduler.add(list(range(20)))[0]], [20])

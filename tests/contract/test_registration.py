@@ -75,10 +75,10 @@ def test_registering_twice_changes_nothing():
 def test_factory_lists_every_reason_at_once():
     runner = make_runner(use_mla_backend=True)
     runner.page_size = 48
-    runner.server_args.speculative_algorithm = "EAGLE"
+    runner.server_args.speculative_algorithm = "DFLASH"
     with pytest.raises(ValueError, match="flashcore_sparse cannot serve this configuration") as error:
         create_backend(runner)
-    for reason in ("got MLA", "got 48", "got EAGLE"):
+    for reason in ("got MLA", "got 48", "got DFLASH"):
         assert reason in str(error.value)
 
 

@@ -16,7 +16,6 @@ from unit.test_attention import MIXED, TINY, Case, forest, make
 
 from flashcore_sglang import ops, reference
 from flashcore_sglang.device_window import DeviceWindow
-from flashcore_sglang.layout import CsrPager
 from flashcore_sglang.reach import Reach
 
 WINDOWS = (0, 1, 4, 15, 16, 30, 4096)
@@ -115,20 +114,6 @@ def test_tree_with_a_window_is_refused():
     case = make(forest(), [1] * 6)
     with pytest.raises(ValueError, match="custom_mask: want one where tokens see everything else"):
         planned(case, custom_mask=tree_mask(case), window_left=4)
-
-
-def test_batch_invariant_plan_gives_the_same_bits_alone_and_together():
-    case = make(forest(ends=(70, 64, 33, 90, 17, 1)), [1] * 6)
-    alone = []
-    indices, lens, _ = case.vectors
-    for row in range(case.batch.num_rows):
-        one = replace(case, batch=case.batch.permuted([row]), q_lens=[1], q=case.q[row : row + 1])
-        layout = one.layout()
-        plan = ops.plan(layout, lens[row : row + 1], batch_invariant=True)
-        alone.append(ops.attend(one.q, one.k, one.v, plan, scale=case.scale))
-    layout = CsrPager(case.batch.page_size, sharing=False).step(case.table, indices, lens)
-    together = ops.attend(case.q, case.k, case.v, ops.plan(layout, lens, batch_invariant=True), scale=case.scale)
-    assert torch.equal(together, torch.cat(alone))
 
 
 def pages_of(window: DeviceWindow, row: int, num_rows: int) -> tuple[list[int], list[int]]:
