@@ -131,7 +131,7 @@ class DeviceWindow:
         self._segment_positions[:batch, 1] = ends - bases
         self._lens[:batch] = ends - bases
         self._q_lens[:batch] = queries
-        self._sizes[0] = batch
+        self._sizes[:1].fill_(batch)  # a kernel: a copy from the host would wait
 
     def _split(
         self, rows: torch.Tensor, ends: torch.Tensor, queries: torch.Tensor

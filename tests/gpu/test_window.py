@@ -70,10 +70,9 @@ def captured(steps) -> torch.cuda.CUDAGraph:
     return graph
 
 
-@pytest.mark.parametrize("translated", [False, True])
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("window_left", [0, 4, 127, 128, 400, 4096])
-@pytest.mark.parametrize("page_size", [1, 16, 64])
+@pytest.mark.parametrize(("head_dim", "translated"), [(64, True), (128, False), (128, True), (256, True)])
+@pytest.mark.parametrize("window_left", [0, 127, 128, 400])
+@pytest.mark.parametrize("page_size", [1, 64])
 def test_captured_decode_with_a_window(page_size, window_left, head_dim, translated):
     case = Case(page_size, window_left, head_dim, [1] * len(LENS), translated)
     sizes = {"max_rows": 16, "max_tokens": CONTEXT, "num_pages": case.pages}
@@ -97,10 +96,9 @@ def test_captured_decode_with_a_window(page_size, window_left, head_dim, transla
     close(out, case.want(window_left=window_left))
 
 
-@pytest.mark.parametrize("translated", [False, True])
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("window_left", [0, 127, 400, 4096])
-@pytest.mark.parametrize("page_size", [1, 16, 64])
+@pytest.mark.parametrize(("head_dim", "translated"), [(64, True), (128, False), (128, True), (256, True)])
+@pytest.mark.parametrize("window_left", [0, 127, 4096])
+@pytest.mark.parametrize("page_size", [1, 64])
 def test_extend_with_a_window(page_size, window_left, head_dim, translated):
     q_lens = [3, 200, 1, 300, 0, 129, 128, 2]
     case = Case(page_size, window_left, head_dim, q_lens, translated)

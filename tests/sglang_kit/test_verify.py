@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import unittest
 
 import pytest
@@ -57,6 +58,9 @@ def test_kit_replays_a_verification(page_size, topk, window, monkeypatch):
     if topk > 1 and window:
         pytest.skip("refused: a tree with a window")
     with_branches(monkeypatch, topk)
+    # The kit writes the prefix a second time, at the slots of its contiguous layout.
+    contiguous = functools.partial(kit.build_dense_attention_fixture, loc_layout="contiguous")
+    monkeypatch.setattr(verify_kit, "build_dense_attention_fixture", contiguous)
     windowed = dataclasses.replace(case(page_size), sliding_window_size=window)
     verify_kit.run_dense_spec_verify_cuda_graph_case(
         unittest.TestCase(), windowed, topk=topk, cuda_graph_capture_batch_size=4, **OPTIONS
