@@ -121,6 +121,25 @@ def test_extend_with_a_window(page_size, window_left, head_dim, translated):
     close(out, case.want(window_left=window_left))
 
 
+@pytest.mark.parametrize("q_lens", [[1] * 8, [3, 200, 1, 300, 0, 129, 128, 2]], ids=["decode", "extend"])
+@pytest.mark.parametrize("chunk", [64, 256])
+@pytest.mark.parametrize("page_size", [1, 64])
+def test_chunked_local_attention(page_size, chunk, q_lens):
+    case = Case(page_size, 4096, 128, q_lens, False)
+    sizes = {"max_rows": 32, "max_tokens": CONTEXT, "num_pages": case.pages}
+    window = DeviceWindow(page_size, reach=Reach(chunk=chunk), max_queries=1, device="cuda", **sizes)
+    extend = GpuExtend(window, head_dim=128, max_tokens=1024, **SHAPE)
+    tokens = sum(q_lens)
+    window.snapshot(
+        case.table.cuda(), case.indices, case.lens, q_lens=case.q_lens, num_tokens=tokens, max_queries=max(q_lens)
+    )
+    extend.use(window.num_rows)
+    extend.plan(window.lens, window.q_lens, tokens)
+    out = torch.full_like(case.q, torch.nan)
+    extend.attend(case.q, case.k.cuda(), case.v.cuda(), out, **case.options)
+    close(out, case.want(chunk=chunk))
+
+
 @pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
 @pytest.mark.parametrize("page_size", [1, 16])
 def test_captured_verification(page_size, tree):

@@ -48,6 +48,9 @@ def make_runner(shape: str, page_size: int, options: dict[str, Any]) -> Any:
     )
     if hasattr(args, "resolve_once"):  # 0.5.23
         args.resolve_once()
+        ranks = one_batch.SpawnRanks(world_rank=0, gpu_id=0)
+        one_batch.publish(args, role="scheduler", ranks=ranks)
+        one_batch._init_process_global_configs()
     runner, _ = one_batch.load_model(args, PortArgs.init_new(args), 0, 0)
     return runner
 
