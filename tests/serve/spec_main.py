@@ -1,0 +1,80 @@
+"""An engine that drafts in one way, on a small model of random weights that also drafts for itself; prints its tokens.
+
+    python tests/serve/spec_main.py tree
+
+A file of its own: the engine spawns processes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+
+COMMON = {"speculative_algorithm": "STANDALONE", "speculative_num_steps": 3}
+VARIANTS = {
+    "none": {},
+    "chain": {**COMMON, "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 4},
+    "tree": {**COMMON, "speculative_eagle_topk": 4, "speculative_num_draft_tokens": 8},
+    "ngram": {"speculative_algorithm": "NGRAM", "speculative_num_draft_tokens": 8},
+}
+TOKENS = 24
+
+
+def make_model(folder: str) -> str:
+    """Llama's shape in two layers, saved as a checkpoint."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=128,
+        vocab_size=1024,
+        max_position_embeddings=4096,
+        initializer_range=0.1,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def main() -> None:
+    import sglang
+    import torch
+
+    cuda = torch.cuda.is_available()
+    model = make_model(tempfile.mkdtemp())
+    variant = dict(VARIANTS[sys.argv[1]])
+    if variant.get("speculative_algorithm") == "STANDALONE":
+        variant["speculative_draft_model_path"] = model
+    if cuda:
+        variant |= {"cuda_graph_max_bs_decode": 4, "mem_fraction_static": 0.3}
+    engine = sglang.Engine(
+        model_path=model,
+        skip_tokenizer_init=True,
+        attention_backend="flashcore_sparse",
+        device="cuda" if cuda else "cpu",
+        max_total_tokens=8192,
+        max_running_requests=4,
+        random_seed=1,
+        log_level="warning",
+        **variant,
+    )
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(3, 1000, (380,), generator=generator).tolist()
+    prompts = [tokens[:300] + tokens[300 + 20 * i : 320 + 20 * i] for i in range(4)]
+    sampling = {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True}
+    engine.generate(input_ids=prompts[:1], sampling_params=sampling)  # its prompt is then in the radix cache
+    answers = engine.generate(input_ids=prompts, sampling_params=sampling)
+    steps = [a["meta_info"].get("spec_verify_ct", TOKENS) for a in answers]
+    print("ANSWERS " + json.dumps({"tokens": [a["output_ids"] for a in answers], "steps": steps}), flush=True)
+    engine.shutdown()
+
+
+if __name__ == "__main__":
+    main()
