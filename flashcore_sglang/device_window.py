@@ -25,7 +25,7 @@ class DeviceWindow:
         max_rows:    the largest batch, padding included.
         max_queries: new tokens of a request that there is room for; where a step has more, its table is allocated.
         max_tokens:  the longest request; longer ones are cut.
-        num_pages:   pages of the pool that is read; ids outside are read as page 0.
+        num_pages:   pages of the pool that is read; ids outside are brought inside.
         device:      of all tensors.
     """
 
@@ -50,6 +50,7 @@ class DeviceWindow:
         self._segment_rows = torch.stack([self._rows[:-1], self._rows[1:]], dim=1).contiguous()
         self._segment_positions = torch.zeros(max_rows, 2, **ints)
         self._lens, self._q_lens = torch.zeros(max_rows, **ints), torch.zeros(max_rows, **ints)
+        self._one = torch.ones(1, **ints)
         self._sizes, self._status = torch.zeros(8, **ints), torch.zeros(4, **ints)
         self._stride = self._width(max_queries)
         self._table = torch.zeros(max_rows * self._stride, **ints)
@@ -114,22 +115,22 @@ class DeviceWindow:
             self._step_entries, self._step_stride = self._rows * stride, stride
         pool_rows, width = req_to_token.shape
         rows, ends = req_pool_indices.clamp(0, pool_rows - 1), seq_lens.clamp(0, min(self._max_tokens, width))
-        queries = torch.ones_like(ends) if q_lens is None else torch.minimum(q_lens, ends)
+        queries = self._one if q_lens is None else torch.minimum(q_lens, ends)
         if self.reach.chunk and q_lens is not None:
             rows, starts, ends, queries = self._split(rows, ends, queries)
         else:
-            starts = self.reach.begin(ends - queries).clamp(min=0)
-        bases = starts // self.page_size * self.page_size
-        positions = (bases[:, None] + self._columns[:stride]).clamp(max=width - 1)
+            starts = self.reach.begin(ends - queries).clamp_(min=0)
+        bases = starts if self.page_size == 1 else starts // self.page_size * self.page_size
+        positions = (bases[:, None] + self._columns[:stride]).clamp_(max=width - 1)
         slots = req_to_token[rows[:, None], positions]
         if slot_map is not None:
-            slots = slot_map[slots.clamp(0, slot_map.numel() - 1)]
-        pages = slots // self.page_size
-        pages = torch.where((pages >= 0) & (pages < self._num_pages), pages, 0)
-        self._step_table.view(-1, self._step_stride)[:batch, :stride] = pages
-        self._segment_positions[:batch, 0] = starts - bases
-        self._segment_positions[:batch, 1] = ends - bases
+            slots = slot_map[slots.clamp_(0, slot_map.numel() - 1)]
+        pages = slots if self.page_size == 1 else slots // self.page_size
+        table = self._step_table.view(-1, self._step_stride)[:batch, :stride]
+        table.copy_(pages.clamp_(0, self._num_pages - 1))
         self._lens[:batch] = ends - bases
+        self._segment_positions[:batch, 0] = starts - bases
+        self._segment_positions[:batch, 1] = self._lens[:batch]
         self._q_lens[:batch] = queries
         self._sizes[:1].fill_(batch)  # a kernel: a copy from the host would wait
 
