@@ -76,16 +76,17 @@ void decode_schedule(TensorView sizes, TensorView row_order, TensorView segment_
   launch_schedule(p, current_stream(workspace));
 }
 
-template <typename T>
+template <typename Cache>
 void launch_decode_dim(const DecodeParams& p, int64_t head_dim, int ctas, cudaStream_t stream) {
-  if (head_dim == 64) launch_decode<T, 64>(p, ctas, stream);
-  if (head_dim == 128) launch_decode<T, 128>(p, ctas, stream);
-  if (head_dim == 256) launch_decode<T, 256>(p, ctas, stream);
+  if (head_dim == 64) launch_decode<Cache, 64>(p, ctas, stream);
+  if (head_dim == 128) launch_decode<Cache, 128>(p, ctas, stream);
+  if (head_dim == 256) launch_decode<Cache, 256>(p, ctas, stream);
 }
 
 void decode(TensorView q, TensorView k_cache, TensorView v_cache, TensorView page_indices, TensorView workspace,
             TensorView out, int64_t segment_capacity, int64_t partial_capacity, int64_t page_size, double scale,
-            double logit_cap, Optional<TensorView> sinks) {
+            double logit_cap, Optional<TensorView> sinks, Optional<TensorView> k_scale, Optional<TensorView> v_scale,
+            double v_factor) {
   check_qkv(q, k_cache, v_cache, out, workspace);
   const int64_t batch = q.size(0), heads = q.size(1), head_dim = q.size(2), kv_heads = k_cache.size(1);
   const WorkspaceLayout w = checked_layout(batch, segment_capacity, heads, kv_heads, head_dim, partial_capacity);
@@ -94,6 +95,7 @@ void decode(TensorView q, TensorView k_cache, TensorView v_cache, TensorView pag
   DecodeParams p{};
   p.work = checked_workspace(workspace, w);
   fill_attention(p, q, k_cache, v_cache, out, scale, logit_cap, sinks);
+  p.cache = cache_scales(q, k_cache, k_scale, v_scale, v_factor);
   p.batch = batch;
   p.page_size = page_size;
   p.by_page = division_by(page_size);
@@ -102,8 +104,17 @@ void decode(TensorView q, TensorView k_cache, TensorView v_cache, TensorView pag
   const cudaStream_t stream = current_stream(workspace);
   const DType dtype = half_type("q", q);
   const int ctas = std::min(multiprocessors(workspace), kMaxCtas);
-  dtype == DType::kBf16 ? launch_decode_dim<__nv_bfloat16>(p, head_dim, ctas, stream)
-                        : launch_decode_dim<__half>(p, head_dim, ctas, stream);
+  switch (cache_type("k_cache", k_cache, q)) {
+    case DType::kBf16:
+      launch_decode_dim<__nv_bfloat16>(p, head_dim, ctas, stream);
+      break;
+    case DType::kFp16:
+      launch_decode_dim<__half>(p, head_dim, ctas, stream);
+      break;
+    case DType::kE4m3:
+      launch_decode_dim<E4m3>(p, head_dim, ctas, stream);
+      break;
+  }
   launch_merge(dtype, {p.work, p.sinks, p.out, p.out_row_stride, p.batch, p.heads, static_cast<int>(head_dim)}, stream);
 }
 

@@ -84,7 +84,12 @@ def gather_model(device: str) -> GatherModel:
 
 
 @functools.cache
-def schedule_costs(device: str) -> tuple[int, ...]:
-    """What tiles and items take, of configs/schedule.json for ``"hopper"``: the last arguments of decode_schedule."""
-    costs = _constants("schedule", device)
+def schedule_costs(device: str, kv_dtype: object = None) -> tuple[int, ...]:
+    """What tiles and items take, of configs/schedule.json: the last arguments of decode_schedule.
+
+    Args:
+        device:   ``"hopper"``.
+        kv_dtype: of the KV cache; torch.float8_e4m3fn has numbers of its own.
+    """
+    costs = _constants("schedule", f"{device}_e4m3" if "e4m3" in str(kv_dtype) else device)
     return tuple(costs[x] for x in ("wide_ns", "wide_item_ns", "narrow_ns", "narrow_item_ns", "hbm_ps"))

@@ -13,6 +13,16 @@ from flashcore_sglang.config import schedule_costs
 from flashcore_sglang.device_pager import MAX_ROWS, DevicePager
 from flashcore_sglang.device_window import DeviceWindow
 
+Scale = torch.Tensor | float | None
+"""What the values of an e4m3 cache are to be multiplied with: a number, float32 of [1] or [G], None: 1."""
+
+
+def scale_arguments(scale: float, k_scale: Scale, v_scale: Scale, logit_cap: float, sinks: torch.Tensor | None) -> list:
+    """The last arguments of the library's attention: numbers are folded, tensors are left to the kernel."""
+    tensors = [x.detach().reshape(-1) if isinstance(x, torch.Tensor) else None for x in (k_scale, v_scale)]
+    k, v = (1.0 if x is None or isinstance(x, torch.Tensor) else float(x) for x in (k_scale, v_scale))
+    return [scale * k, logit_cap, sinks, *tensors, v]
+
 
 def partial_capacity(max_rows: int) -> int:
     """Partial results there is room for: one for each row of each piece of a segment."""
@@ -27,6 +37,7 @@ class GpuDecode:
         max_rows:   the largest batch, padding included.
         max_tokens: the longest request.
         heads, kv_heads, head_dim: of the model's attention on this GPU.
+        kv_dtype:   of the KV cache; what a tile costs depends on it.
         sharing:    False: every request reads its own pages.
         deterministic: a request's result does not depend on the batch: no sharing, and its tokens are not split.
         pager:      of the same pool and sizes, to use one for several shapes of heads, or a window's; None: its own.
@@ -45,6 +56,7 @@ class GpuDecode:
         heads: int,
         kv_heads: int,
         head_dim: int,
+        kv_dtype: torch.dtype = torch.bfloat16,
         sharing: bool = True,
         deterministic: bool = False,
         pager: DevicePager | DeviceWindow | None = None,
@@ -68,7 +80,7 @@ class GpuDecode:
         )
         self._layout = self.pager.layout(max_rows)
         self._segments = self._layout.segment_rows.shape[0]
-        self._costs = schedule_costs("hopper")
+        self._costs = schedule_costs("hopper", kv_dtype)
         size = self._library.decode_workspace_bytes(max_rows, self._segments, heads, kv_heads, head_dim, self._partials)
         self._workspace = torch.zeros(size, dtype=torch.uint8, device=device)
 
@@ -115,12 +127,17 @@ class GpuDecode:
         scale: float,
         logit_cap: float = 0.0,
         sinks: torch.Tensor | None = None,
+        k_scale: Scale = None,
+        v_scale: Scale = None,
     ) -> torch.Tensor:
         """Attention of the planned batch, into ``out``. Capturable.
 
         Args:
-            q:       [B, H, D] bf16 or fp16, heads and dims contiguous. k_cache, v_cache: [slots, G, D], token-major.
+            q:       [B, H, D] bf16 or fp16, heads and dims contiguous.
+            k_cache, v_cache: [slots, G, D], token-major, in q's dtype or float8_e4m3fn.
             out:     [B, H, D], written and returned. A request of length 0 gives zeros.
+            k_scale, v_scale: of a float8_e4m3fn cache: the values are the cached ones times a number, or times a
+                     float32 tensor of [1] or [G], which is read on the GPU, also in a replay; None: 1.
             scale:   multiplies q.k. logit_cap: 0 is none. sinks: [H] float32, the logit of a key without a value.
 
         Raises ValueError for shapes, dtypes or devices that do not fit.
@@ -130,6 +147,6 @@ class GpuDecode:
             raise ValueError(f"q: want {self.num_tokens} rows, one for each planned request, got {q.shape[0]}")
         self._library.decode(
             q, k_cache, v_cache, x.table, self._workspace, out, self._segments, self._partials, self.page_size,
-            scale, logit_cap, sinks,
+            *scale_arguments(scale, k_scale, v_scale, logit_cap, sinks),
         )  # fmt: skip
         return out

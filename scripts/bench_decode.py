@@ -3,6 +3,7 @@
     python scripts/bench_decode.py                               # every case, page size 1, 32/8 heads, d 128, bf16
     python scripts/bench_decode.py --cases shared --order interleaved --page-size 64 --peers fa3
     python scripts/bench_decode.py --quick                       # four cases, two rounds
+    python scripts/bench_decode.py --kv-dtype fp8_e4m3 --peers fa3   # FA3 casts q to e4m3 too, as SGLang does
 
 Each contender is captured in a CUDA graph once per case; rounds are interleaved (ours, peer, ours, peer ...), the L2
 is flushed before every replay, the figure of a round is the median of its replays and that of a case the median of its
@@ -13,7 +14,7 @@ which rows only grew. Every figure has the launch of one graph in it.
 Floors: unique KV bytes at the speed of a copy, measured in the run, and matrix products at 600 TFLOP/s. "of floor" is
 the larger of them over ours. Ratios wanted in other orders: interleaved 90 %, permuted 80 % of those for runs where a
 prefix is shared; where nothing is, parity (0.99) and 0.95.
-Results go to scripts/results/decode_<order>_p<page size>.json; scripts/chart.py draws them.
+Results go to scripts/results/decode_<order>_p<page size>.json (_fp8_e4m3); scripts/chart.py draws them.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from gpu.decode_cases import Forest, Level, forest  # noqa: E402
 from flashcore_sglang.gpu_decode import GpuDecode  # noqa: E402
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
-BYTES_PER_TOKEN = KV_HEADS * HEAD_DIM * 2 * 2
+KV_DTYPES = {"bfloat16": torch.bfloat16, "fp8_e4m3": torch.float8_e4m3fn}
 LAYERS = 32
 MAX_CONTEXT = 131072 + 4096
 MMA_TFLOPS = 600
@@ -111,7 +112,7 @@ class Ours:
     def __init__(self, f: Forest, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         decode = GpuDecode(
             page_size=f.page_size, num_pages=f.num_pages, max_rows=f.batch, max_tokens=int(f.seq_lens.max()),
-            heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM,
+            heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, kv_dtype=k.dtype,
         )  # fmt: skip
         rows, lens, table = torch.arange(1, f.batch + 1, device="cuda"), f.seq_lens.cuda(), f.table.cuda()
         mirrored = torch.zeros_like(table)  # every page id is another one, and the tree is the same
@@ -136,6 +137,7 @@ class Ours:
         )
         self.tokens_stored, self.tokens_wanted = int(tokens.sum()), int((readers * tokens).sum())
         self.mebibytes = decode.mebibytes
+        self.token_bytes = KV_HEADS * HEAD_DIM * 2 * k.element_size()
 
     def measure(self, flush: Callable[[], None], replays: int) -> dict[str, float]:
         """Microseconds of a round. The plan of the true table is the last, so that attention reads it."""
@@ -157,6 +159,7 @@ def run_case(case: Case, args: argparse.Namespace, flush: Callable[[], None]) ->
     f = forest(case.levels, args.page_size, order, None if case.lens is None else list(case.lens))
     q = torch.randn(f.batch, HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
     k, v = (torch.randn(f.num_slots, KV_HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    k, v = (x.to(KV_DTYPES[args.kv_dtype]) for x in (k, v))
     ours = Ours(f, q, k, v)
     ours.measure(flush, 1)
     result: dict[str, Any] = {"case": case.name, "order": order}
@@ -189,7 +192,7 @@ def figures(case: Case, order: str, ours: Ours, us: dict[str, float], copy: floa
     total = us["attention"] + us["plan"] / LAYERS
     flops = ours.tokens_wanted * HEADS * HEAD_DIM * 4
     floors = {
-        "bytes_floor_us": ours.tokens_stored * BYTES_PER_TOKEN / copy / 1e3,
+        "bytes_floor_us": ours.tokens_stored * ours.token_bytes / copy / 1e3,
         "mma_floor_us": flops / MMA_TFLOPS / 1e6,
     }
     ratio = us["fa3"] / total if "fa3" in us else None
@@ -202,7 +205,7 @@ def figures(case: Case, order: str, ours: Ours, us: dict[str, float], copy: floa
         "attention_us": us["attention"],
         "plan_us": us["plan"],
         "segments": ours.segments,
-        "gbps": ours.tokens_stored * BYTES_PER_TOKEN / total / 1e3,
+        "gbps": ours.tokens_stored * ours.token_bytes / total / 1e3,
         "tflops": flops / total / 1e6,
         "percent_of_floor": 100 * max(floors.values()) / total,
         "ratio": ratio,
@@ -246,6 +249,7 @@ def main() -> None:
     parser.add_argument("--cases", default="", help="parts of case names, separated by semicolons; default all")
     parser.add_argument("--order", default="runs", choices=("runs", "interleaved", "permuted"))
     parser.add_argument("--page-size", type=int, default=1)
+    parser.add_argument("--kv-dtype", default="bfloat16", choices=tuple(KV_DTYPES))
     parser.add_argument("--peers", default="fa3,decode,cascade", help="of fa3, decode, cascade; none")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--replays", type=int, default=10)
@@ -259,7 +263,7 @@ def main() -> None:
     empty = empty_graph_us(flush, 1)
     print(
         f"{torch.cuda.get_device_name()}, copy {args.copy_gbps:.0f} GB/s, page size {args.page_size}, "
-        f"order {args.order}; a graph of one empty kernel takes {empty:.1f} us\n{HEADER}",
+        f"order {args.order}, KV {args.kv_dtype}; a graph of one empty kernel takes {empty:.1f} us\n{HEADER}",
         flush=True,
     )
     results = []
@@ -274,10 +278,12 @@ def main() -> None:
     print(f"{time.perf_counter() - started:.0f} s")
     record = machine() | {
         "copy_gbps": args.copy_gbps, "empty_graph_us": empty, "page_size": args.page_size, "order": args.order,
+        "kv_dtype": args.kv_dtype,
         "heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "cases": results,
     }  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
-    name = f"decode_{args.order}_p{args.page_size}{'_quick' if args.quick else ''}.json"
+    suffix = ("" if args.kv_dtype == "bfloat16" else f"_{args.kv_dtype}") + ("_quick" if args.quick else "")
+    name = f"decode_{args.order}_p{args.page_size}{suffix}.json"
     (args.out / name).write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -27,12 +27,17 @@ def fa3_paged(
     window_left: int = -1,
     **options: Any,
 ) -> Callable[[], Any]:
-    """FA3 over a table of pages, causal; `starts`: where each request's queries begin, `most`: of one request."""
+    """FA3 over a table of pages, causal; `starts`: where each request's queries begin, `most`: of one request.
+
+    Over an e4m3 cache as SGLang calls it: q cast to e4m3 in every layer, the scales of K and V expanded."""
     from sgl_kernel.flash_attn import flash_attn_with_kvcache
 
     keys, values = (x.view(-1, page_size, *x.shape[1:]) for x in (k, v))
+    if k.dtype == torch.float8_e4m3fn:
+        scale = torch.ones((), device="cuda").expand(table.shape[0], k.shape[1])
+        options |= {"k_descale": scale, "v_descale": scale}
     return lambda: flash_attn_with_kvcache(
-        q=q,
+        q=q.to(k.dtype),
         k_cache=keys,
         v_cache=values,
         page_table=table,
@@ -65,7 +70,7 @@ def fa3(f: Forest, q: Tensor, k: Tensor, v: Tensor, max_context: int) -> Callabl
         num_heads_k=kv_heads,
         headdim=head_dim,
         cache_seqlens=lens,
-        qkv_dtype=q.dtype,
+        qkv_dtype=k.dtype,
         cu_seqlens_q=starts,
         page_size=f.page_size,
         causal=True,
@@ -97,7 +102,7 @@ def flashinfer_decode(f: Forest, q: Tensor, k: Tensor, v: Tensor) -> Callable[[]
         head_dim,
         f.page_size,
         q_data_type=q.dtype,
-        kv_data_type=q.dtype,
+        kv_data_type=k.dtype,
     )
     cache = tuple(x.view(-1, f.page_size, kv_heads, head_dim) for x in (k, v))
     return lambda: wrapper.run(q, cache)

@@ -13,11 +13,34 @@ __device__ __forceinline__ int first_q_row(const WorkItem& item) {
   return item.q_row + (item.q_rows > kNarrowRows ? warpgroup_id() * kNarrowRows : 0);
 }
 
-// Divides, adds the sink where the row ends here, and stores 8 (fp32) or 4 (16-bit) bytes per thread and 8 columns.
+// What scores are multiplied with: the launch's own numbers, or with the scale of an e4m3 cache's K.
+struct ScoreScales {
+  float scale_log2, logit_cap, cap_scale_log2;
+};
 template <class C>
-__device__ __forceinline__ void store_rows(const DecodeParams& p, SharedStorage<C>& s, const WorkItem& item,
-                                           Accumulators<C>& acc, int warpgroup, int warp, int lane) {
+__device__ __forceinline__ decltype(auto) score_scales(const DecodeParams& p, int kv_head) {
+  if constexpr (C::kConverts) {
+    const float k = p.cache.of_k(kv_head);
+    return ScoreScales{p.logit_cap > 0.f ? p.scale_log2 : p.scale_log2 * k, p.logit_cap, p.cap_scale_log2 * k};
+  } else {
+    return (p);
+  }
+}
+
+// Two results in the dtype of out, which differs from the products' where the cache is e4m3.
+template <class C>
+__device__ __forceinline__ uint32_t round_out(const DecodeParams& p, float x, float y) {
+  if (C::kConverts && p.cache.bf16) return pack(x, y, static_cast<__nv_bfloat16*>(nullptr));
+  return pack(x, y, static_cast<typename C::T*>(nullptr));
+}
+
+// Divides, adds the sink where the row ends here, and stores 8 (fp32) or 4 (16-bit) bytes per thread and 8 columns.
+template <class C, class Scales>
+__device__ __forceinline__ void store_rows(const DecodeParams& p, const Scales& scales, SharedStorage<C>& s,
+                                           const WorkItem& item, Accumulators<C>& acc, int warpgroup, int warp,
+                                           int lane) {
   using T = typename C::T;
+  const float v_scale = C::kConverts ? p.cache.of_v(kv_head_of(item)) : 1.f;
   const int column = (lane & 3) * 2;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -31,18 +54,18 @@ __device__ __forceinline__ void store_rows(const DecodeParams& p, SharedStorage<
     const int to = s.destinations[warpgroup][q_phase_of(item, warpgroup)][in_half];
     if (to == kNowhere) continue;
     const int head = kv_head_of(item) * p.ratio + (first_q_row(item) + in_half) % p.ratio;
-    const float max2 = acc.max[r] * p.scale_log2;
+    const float max2 = acc.max[r] * scales.scale_log2;
     if (to < 0) {
       if (p.sinks != nullptr) sum += ptx::exp2_approx(p.sinks[head] * kLog2e - max2);
-      const float inverse = 1.f / sum;
+      const float inverse = v_scale / sum;
       T* out = static_cast<T*>(p.out) + (to & 0x7FFFFFFF) * p.out_row_stride + head * C::kHeadDim + column;
 #pragma unroll
       for (int j = 0; j < C::kHeadDim / 8; ++j) {
         *reinterpret_cast<uint32_t*>(out + j * 8) =
-            pack(acc.o[j * 4 + r * 2] * inverse, acc.o[j * 4 + r * 2 + 1] * inverse, static_cast<T*>(nullptr));
+            round_out<C>(p, acc.o[j * 4 + r * 2] * inverse, acc.o[j * 4 + r * 2 + 1] * inverse);
       }
     } else {
-      const float inverse = 1.f / sum;
+      const float inverse = v_scale / sum;
       const int64_t at = static_cast<int64_t>(to) * p.heads + head;
       float* out = p.work.partial_out + at * C::kHeadDim + column;
 #pragma unroll
@@ -77,6 +100,22 @@ __device__ __forceinline__ void wait_full(uint32_t barrier, uint32_t phase) {
 // A buffer is free after two arrivals: one of each warpgroup, or two of the only one that reads it.
 __device__ __forceinline__ void release(uint32_t barrier, const WorkItem& item) {
   if (ptx::thread_id() % 128 == 0) ptx::mbarrier_arrive(barrier, item.q_rows > kNarrowRows ? 1 : 2);
+}
+
+// q of this warpgroup from bf16 to fp16, in place.
+template <class C>
+__device__ __forceinline__ void convert_q(uint32_t q_smem) {
+#pragma unroll 4
+  for (int at = ptx::thread_id() % 128 * 16; at < C::kQBytes; at += 128 * 16) {
+    uint4 x = ptx::load_shared_16(q_smem + at);
+    x.x = ptx::bf16x2_to_fp16x2(x.x);
+    x.y = ptx::bf16x2_to_fp16x2(x.y);
+    x.z = ptx::bf16x2_to_fp16x2(x.z);
+    x.w = ptx::bf16x2_to_fp16x2(x.w);
+    ptx::store_shared_16(q_smem + at, x);
+  }
+  ptx::fence_proxy_async();
+  asm volatile("barrier.cta.sync %0, 128;" ::"r"(1 + warpgroup_id()) : "memory");
 }
 
 // Where this warpgroup stands in the buffers. K and V rings of one size share a counter.
@@ -120,7 +159,14 @@ __device__ __forceinline__ void attend(const DecodeParams& p, SharedStorage<C>& 
   if constexpr (C::kQInRegisters) {
     load_q_fragments<C>(q, q_smem, ptx::thread_id() / 32 % 4, ptx::thread_id() % 32);
     ptx::mbarrier_warp_arrive(ptx::smem_address(&s.q_empty[warpgroup_id()]), ptx::thread_id() % 32);
+    if (C::kConverts && p.cache.bf16) {
+#pragma unroll
+      for (int i = 0; i < C::kHeadDim / 4; ++i) q[i / 4][i % 4] = ptx::bf16x2_to_fp16x2(q[i / 4][i % 4]);
+    }
+  } else if (C::kConverts && p.cache.bf16) {
+    convert_q<C>(q_smem);
   }
+  decltype(auto) scales = score_scales<C>(p, kv_head_of(item));
 
   Accumulators<C> acc;
   acc.max[0] = acc.max[1] = -INFINITY;
@@ -153,9 +199,9 @@ __device__ __forceinline__ void attend(const DecodeParams& p, SharedStorage<C>& 
     // scores are there; P.V of the tile before runs on under the softmax
     ptx::wgmma_touch(scores);
     if constexpr (!kLateRelease) release(ptx::smem_address(&s.k_empty[ring.k().slot()]), item);
-    cap_scores<kTile, C::kQInRegisters ? 8 : kTile / 2>(p, scores);
+    cap_scores<kTile, C::kQInRegisters ? 8 : kTile / 2>(scales, scores);
     hide_past<kTile>(scores, valid);
-    const bool grew = softmax_rows<C, kTile>(p, scores, acc, alpha);
+    const bool grew = softmax_rows<C, kTile>(scales, scores, acc, alpha);
     if (kLateRelease && !(acc.sum[0] + acc.sum[1] < 0.f)) release(ptx::smem_address(&s.k_empty[ring.k().slot()]), item);
     ptx::wgmma_wait<0>();
     ptx::wgmma_touch(acc.o);
@@ -179,7 +225,7 @@ __device__ __forceinline__ void attend(const DecodeParams& p, SharedStorage<C>& 
     ptx::mbarrier_warp_arrive(ptx::smem_address(&s.q_empty[warpgroup_id()]), ptx::thread_id() % 32);
   }
   const int warp = ptx::thread_id() / 32 % 4, lane = ptx::thread_id() % 32;
-  store_rows<C>(p, s, item, acc, warpgroup_id(), warp, lane);
+  store_rows<C>(p, scales, s, item, acc, warpgroup_id(), warp, lane);
 }
 
 template <class C>

@@ -26,6 +26,7 @@
 // 2.0 us a tile and 8 us each for their start, epilogue and partial results. More in csrc/README.md.
 #pragma once
 #include "attention/consumer.cuh"
+#include "attention/converter.cuh"
 #include "attention/launch.h"
 #include "attention/producer.cuh"
 
@@ -36,8 +37,14 @@ __device__ __forceinline__ void init_barriers(SharedStorage<C>& s) {
   auto init = [](uint64_t* barriers, int count, int arrivals) {
     for (int i = 0; i < count; ++i) ptx::mbarrier_init(ptx::smem_address(barriers + i), arrivals);
   };
-  init(s.k_full, C::kKBuffers, 33);
-  init(s.v_full, C::kVBuffers, 33);
+  if constexpr (C::kConverts) {
+    init(s.cached_barriers.k_full, C::kCachedBuffers, 33);
+    init(s.cached_barriers.v_full, C::kCachedBuffers, 33);
+    init(s.cached_barriers.k_empty, C::kCachedBuffers, 4 * ptx::kWarpArrivals);
+    init(s.cached_barriers.v_empty, C::kCachedBuffers, 4 * ptx::kWarpArrivals);
+  }
+  init(s.k_full, C::kKBuffers, C::kConverts ? 4 * ptx::kWarpArrivals : 33);
+  init(s.v_full, C::kVBuffers, C::kConverts ? 4 * ptx::kWarpArrivals : 33);
   init(s.k_empty, C::kKBuffers, 2);
   init(s.v_empty, C::kVBuffers, 2);
   init(s.q_full, 2, 32 + ptx::kWarpArrivals);
@@ -45,12 +52,12 @@ __device__ __forceinline__ void init_barriers(SharedStorage<C>& s) {
   init(s.item_full, C::kRing, 1);
   init(s.item_begun, C::kRing, 1);
   init(s.item_started, C::kRing, 2);
-  init(s.item_empty, C::kRing, kItemReaders * ptx::kWarpArrivals);
+  init(s.item_empty, C::kRing, kItemReaders<C> * ptx::kWarpArrivals);
   ptx::fence_mbarrier_init();
 }
 
 template <class C>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(C::kThreads, 1)
     decode_kernel(const __grid_constant__ DecodeParams p, const __grid_constant__ TensorMaps maps) {
   extern __shared__ __align__(1024) char raw[];
   auto& s = *reinterpret_cast<SharedStorage<C>*>(raw);
@@ -80,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   ptx::grid_dependency_launch();
   if (warp < 4) {
-    ptx::setmaxnreg_dec<kProducerRegisters>();
+    ptx::setmaxnreg_dec<C::kProducerRegisters>();
     if (warp == 0) {
       feed_items<C>(p, s, start, lane);
     } else if (warp < 3) {
@@ -88,9 +95,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     } else {
       load_q<C>(p, s, lane);
     }
-  } else {
-    ptx::setmaxnreg_inc<kConsumerRegisters>();
+  } else if (warp < 12) {
+    ptx::setmaxnreg_inc<C::kConsumerRegisters>();
     consume<C>(p, s);
+  } else if constexpr (C::kConverts) {
+    ptx::setmaxnreg_dec<C::kConverterRegisters>();
+    convert_kv<C>(s);
   }
 }
 
@@ -98,13 +108,13 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 namespace flashcore {
 
-template <typename T, int kHeadDim>
+template <typename Cache, int kHeadDim>
 void launch_decode(const DecodeParams& p, int ctas, cudaStream_t stream) {
-  using C = decode::Traits<T, kHeadDim>;
+  using C = decode::Traits<Cache, kHeadDim>;
   constexpr int kSmemBytes = sizeof(decode::SharedStorage<C>);
   static_assert(kSmemBytes <= 232448);
   decode::TensorMaps maps;
-  const DType dtype = std::is_same_v<T, __half> ? DType::kFp16 : DType::kBf16;
+  const DType dtype = C::kConverts ? DType::kE4m3 : std::is_same_v<Cache, __half> ? DType::kFp16 : DType::kBf16;
   for (int i = 0; i < decode::kBoxes; ++i) {
     const int tokens = i == 0 ? 8 : i == 1 ? 32 : C::kTile;
     encode_kv_map(&maps.k[i], dtype, p.k, p.num_slots, p.kv_heads, kHeadDim, p.kv_slot_stride, p.kv_head_stride,
@@ -114,7 +124,7 @@ void launch_decode(const DecodeParams& p, int ctas, cudaStream_t stream) {
   }
   auto* kernel = decode::decode_kernel<C>;
   FC_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes));
-  launch_dependent(kernel, dim3(ctas), dim3(decode::kThreads), kSmemBytes, stream, p, maps);
+  launch_dependent(kernel, dim3(ctas), dim3(C::kThreads), kSmemBytes, stream, p, maps);
 }
 
 }  // namespace flashcore

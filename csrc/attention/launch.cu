@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "attention/launch.h"
 
 namespace flashcore {
@@ -22,19 +24,25 @@ Encode driver_encode() {
 
 void encode_kv_map(CUtensorMap* map, DType dtype, const void* base, int num_slots, int kv_heads, int head_dim,
                    int64_t slot_stride, int64_t head_stride, int rows) {
-  const cuuint64_t slot_bytes = slot_stride * 2, head_bytes = head_stride * 2;
-  const cuuint64_t sizes[5] = {64, static_cast<cuuint64_t>(num_slots), static_cast<cuuint64_t>(head_dim / 64),
-                               static_cast<cuuint64_t>(rows / 8), static_cast<cuuint64_t>(kv_heads)};
-  const cuuint64_t strides[4] = {slot_bytes, 128, 8 * slot_bytes, head_bytes};
-  const cuuint32_t box[5] = {64, 8, static_cast<cuuint32_t>(head_dim / 64), static_cast<cuuint32_t>(rows / 8), 1};
+  const int element_bytes = bytes_of(dtype), line_bytes = std::min(head_dim * element_bytes, 128);
+  const int line = line_bytes / element_bytes;
+  const cuuint64_t slot_bytes = slot_stride * element_bytes, head_bytes = head_stride * element_bytes;
+  const cuuint64_t sizes[5] = {static_cast<cuuint64_t>(line), static_cast<cuuint64_t>(num_slots),
+                               static_cast<cuuint64_t>(head_dim / line), static_cast<cuuint64_t>(rows / 8),
+                               static_cast<cuuint64_t>(kv_heads)};
+  const cuuint64_t strides[4] = {slot_bytes, static_cast<cuuint64_t>(line_bytes), 8 * slot_bytes, head_bytes};
+  const cuuint32_t box[5] = {static_cast<cuuint32_t>(line), 8, static_cast<cuuint32_t>(head_dim / line),
+                             static_cast<cuuint32_t>(rows / 8), 1};
   const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
-  const CUtensorMapDataType type =
-      dtype == DType::kBf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const CUresult result = driver_encode()(map, type, 5, const_cast<void*>(base), sizes, strides, box, steps,
-                                          CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                          CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUtensorMapDataType type = dtype == DType::kBf16   ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                   : dtype == DType::kFp16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                           : CU_TENSOR_MAP_DATA_TYPE_UINT8;
+  const CUtensorMapSwizzle swizzle = line_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
+  const CUresult result =
+      driver_encode()(map, type, 5, const_cast<void*>(base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                      swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   FC_CHECK(result == CUDA_SUCCESS)
-      << "k_cache: want a base aligned to 16 bytes and strides in multiples of 8 elements, got slot stride "
+      << "k_cache: want a base aligned to 16 bytes and strides in multiples of 16 bytes, got slot stride "
       << slot_stride << " and head stride " << head_stride << " (cuTensorMapEncodeTiled " << static_cast<int>(result)
       << ")";
 }

@@ -9,7 +9,7 @@
 namespace flashcore {
 
 // Box of `rows` tokens (a multiple of 8) of one KV head, starting at any slot, laid out in shared memory as
-// [rows / 8][head_dim / 64][8][64 elements], 128-byte swizzle. Coordinates: (0, slot, 0, 0, kv_head).
+// [rows / 8][row bytes / line][8][line], lines of up to 128 bytes, swizzled. Coordinates: (0, slot, 0, 0, kv_head).
 // The token axis appears twice, as 8 tokens and as groups of 8, so that one copy makes the order WGMMA wants.
 void encode_kv_map(CUtensorMap* map, DType dtype, const void* base, int num_slots, int kv_heads, int head_dim,
                    int64_t slot_stride, int64_t head_stride, int rows);

@@ -151,6 +151,23 @@ struct ScheduleParams {
   int kv_heads, ratio, ctas;
 };
 
+// What the values of an e4m3 cache are to be multiplied with: [1] or [G] in device memory; nullptr: 1. A factor of K
+// that the host knows is part of `scale`.
+struct CacheScales {
+  const float *k, *v;
+  int k_stride, v_stride;  // 0: one for all KV heads
+  float v_host;            // times `v`
+  bool bf16;               // dtype of q and out, which the kernels of an e4m3 cache learn at run time
+#ifdef __CUDACC__
+  __device__ __forceinline__ float of_k(int kv_head) const {
+    return k == nullptr ? 1.f : __ldg(k + kv_head * k_stride);
+  }
+  __device__ __forceinline__ float of_v(int kv_head) const {
+    return v == nullptr ? v_host : v_host * __ldg(v + kv_head * v_stride);
+  }
+#endif
+};
+
 // Strides in elements.
 struct DecodeParams {
   const void* q;  // [B, H, D]
@@ -169,6 +186,7 @@ struct DecodeParams {
   float scale_log2;      // scale * log2(e); with a cap log2(e) alone, the cap has applied the scale
   float logit_cap;       // 0: none
   float cap_scale_log2;  // 2 * scale / logit_cap * log2(e)
+  CacheScales cache;     // of an e4m3 cache
 };
 
 struct MergeParams {
@@ -179,12 +197,15 @@ struct MergeParams {
   int batch, heads, head_dim;
 };
 
-enum class DType { kBf16, kFp16 };
+enum class DType { kBf16, kFp16, kE4m3 };
+struct E4m3;  // stands for the cache's element type in templates; cuda_fp8.h would double the compile time
+
+constexpr int bytes_of(DType dtype) { return dtype == DType::kE4m3 ? 1 : 2; }
 
 void launch_schedule(const ScheduleParams&, cudaStream_t);
 void launch_merge(DType, const MergeParams&, cudaStream_t);
-// One instantiation per file: decode_<dtype>_d<D>.cu
-template <typename T, int kHeadDim>
+// One instantiation per file: decode_<dtype of the cache>_d<D>.cu
+template <typename Cache, int kHeadDim>
 void launch_decode(const DecodeParams&, int ctas, cudaStream_t);
 
 }  // namespace flashcore

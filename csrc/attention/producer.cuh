@@ -62,23 +62,34 @@ struct Buffers {
   uint32_t* scattered;
   uint32_t data, full, empty;  // shared-memory addresses of the first
   uint32_t issued;             // shared-memory address
-  int count, slot;
+  int slots, slot;
   uint32_t phase;
+  // A constant where K and V have equally many, which saves a register.
+  template <class C>
+  __device__ __forceinline__ int count() const {
+    return C::kConverts ? C::kCachedBuffers : slots;
+  }
 };
 
 template <class C>
 __device__ __forceinline__ Buffers buffers_of(const DecodeParams& p, const TensorMaps& maps, SharedStorage<C>& s,
                                               bool keys) {
-  return {keys ? maps.k : maps.v,
-          static_cast<const int4*>(keys ? p.k : p.v),
-          s.scattered[keys ? 0 : 1],
-          ptx::smem_address(keys ? s.k[0] : s.v[0]),
-          ptx::smem_address(keys ? s.k_full : s.v_full),
-          ptx::smem_address(keys ? s.k_empty : s.v_empty),
-          ptx::smem_address(&s.issued[keys ? 0 : 1]),
-          keys ? C::kKBuffers : C::kVBuffers,
-          0,
-          0};
+  Buffers b{};
+  b.maps = keys ? maps.k : maps.v;
+  b.pool = static_cast<const int4*>(keys ? p.k : p.v);
+  b.scattered = s.scattered[keys ? 0 : 1];
+  b.issued = ptx::smem_address(&s.issued[keys ? 0 : 1]);
+  if constexpr (C::kConverts) {
+    b.data = ptx::smem_address(keys ? s.cached.k[0] : s.cached.v[0]);
+    b.full = ptx::smem_address(keys ? s.cached_barriers.k_full : s.cached_barriers.v_full);
+    b.empty = ptx::smem_address(keys ? s.cached_barriers.k_empty : s.cached_barriers.v_empty);
+  } else {
+    b.data = ptx::smem_address(keys ? s.k[0] : s.v[0]);
+    b.full = ptx::smem_address(keys ? s.k_full : s.v_full);
+    b.empty = ptx::smem_address(keys ? s.k_empty : s.v_empty);
+    b.slots = keys ? C::kKBuffers : C::kVBuffers;
+  }
+  return b;
 }
 
 // Copies the 8-token groups in `groups`, 16 bytes per lane: two tokens an instruction at d 128. `where`: each token's
@@ -89,7 +100,8 @@ constexpr uint32_t kNoToken = ~0u;
 template <class C>
 __device__ __forceinline__ void load_scattered(const int4* pool, uint32_t dst, const uint32_t* where, uint32_t groups,
                                                int lane) {
-  constexpr int kChunks = C::kRowBytes / 16, kRowsPerStep = 32 / kChunks > 0 ? 32 / kChunks : 1;
+  using Tile = typename C::Cached;
+  constexpr int kChunks = Tile::kChunks, kRowsPerStep = 32 / kChunks;
   const int sub = lane / kChunks, chunk = lane % kChunks;
   const int4* src = pool + chunk;
 #pragma unroll 1
@@ -100,7 +112,7 @@ __device__ __forceinline__ void load_scattered(const int4* pool, uint32_t dst, c
     for (int i = 0; i < 8 / kRowsPerStep; ++i) at[i] = where[g * 8 + i * kRowsPerStep + sub];
 #pragma unroll
     for (int i = 0; i < 8 / kRowsPerStep; ++i) {
-      ptx::cp_async_16(dst + g * C::kGroupBytes + tile_offset<C>(i * kRowsPerStep + sub, chunk),
+      ptx::cp_async_16(dst + g * Tile::kGroupBytes + tile_offset<Tile>(i * kRowsPerStep + sub, chunk),
                        src + (at[i] == kNoToken ? 0 : at[i]), at[i] == kNoToken ? 0 : 16);
     }
   }
@@ -111,10 +123,11 @@ __device__ __forceinline__ void load_scattered(const int4* pool, uint32_t dst, c
 template <class C>
 __device__ __forceinline__ void load_tile(const DecodeParams& p, Buffers& b, const int (&slot)[Pages<C>::kGroups],
                                           int kv_head, bool shallow, int lane) {
+  using Tile = typename C::Cached;
   constexpr int kGroups = Pages<C>::kGroups;
-  const uint32_t full = b.full + b.slot * 8, dst = b.data + b.slot * C::kBufferBytes;
+  const uint32_t full = b.full + b.slot * 8, dst = b.data + b.slot * Tile::kBufferBytes;
   ptx::mbarrier_wait(b.empty + b.slot * 8, b.phase ^ 1);
-  if (++b.slot == b.count) {
+  if (++b.slot == b.template count<C>()) {
     b.slot = 0;
     b.phase ^= 1;
   }
@@ -125,7 +138,7 @@ __device__ __forceinline__ void load_tile(const DecodeParams& p, Buffers& b, con
   for (int g = 0; g < kGroups; ++g) run &= slot[g] == first + g * 32 + lane;
   if (__all_sync(~0u, run)) {
     if (lane == 0) {
-      ptx::mbarrier_expect_tx(full, C::kBufferBytes);
+      ptx::mbarrier_expect_tx(full, Tile::kBufferBytes);
       ptx::tma_load_5d(dst, b.maps + 2, full, ptx::kEvictFirst, 0, first, 0, 0, kv_head);
       ptx::mbarrier_arrive(full, 33);
     }
@@ -141,7 +154,7 @@ __device__ __forceinline__ void load_tile(const DecodeParams& p, Buffers& b, con
     runs |= __all_sync(~0u, slot[g] == head + lane) ? 0xFu << (4 * g) : 0u;
   }
   if (lane == 0) {
-    ptx::mbarrier_expect_tx(full, __popc(boxes) * C::kGroupBytes);
+    ptx::mbarrier_expect_tx(full, __popc(boxes) * Tile::kGroupBytes);
     ptx::mbarrier_arrive(full);
   }
   __syncwarp();
@@ -149,9 +162,9 @@ __device__ __forceinline__ void load_tile(const DecodeParams& p, Buffers& b, con
   for (int g = 0; g < kGroups; ++g) {
     const bool whole = (runs >> (4 * g)) & 1;
     if (lane == 0 && whole) {
-      ptx::tma_load_5d(dst + g * 4 * C::kGroupBytes, b.maps + 1, full, ptx::kEvictFirst, 0, slot[g], 0, 0, kv_head);
+      ptx::tma_load_5d(dst + g * 4 * Tile::kGroupBytes, b.maps + 1, full, ptx::kEvictFirst, 0, slot[g], 0, 0, kv_head);
     } else if ((lane & 7) == 0 && !whole && ((boxes >> (4 * g + lane / 8)) & 1)) {
-      ptx::tma_load_5d(dst + (g * 4 + lane / 8) * C::kGroupBytes, b.maps, full, ptx::kEvictFirst, 0, slot[g], 0, 0,
+      ptx::tma_load_5d(dst + (g * 4 + lane / 8) * Tile::kGroupBytes, b.maps, full, ptx::kEvictFirst, 0, slot[g], 0, 0,
                        kv_head);
     }
     b.scattered[g * 32 + lane] =
@@ -178,7 +191,7 @@ __device__ __forceinline__ void load_kv(const DecodeParams& p, SharedStorage<C>&
     bool looked = false;
     // Beside wide items narrow ones hold back: what they have in flight is the queue that the tiles of the wide ones,
     // which are in the L2, wait in.
-    const bool shallow = b.count > 2 && s.wide_ctas > 0 && item->q_rows <= kNarrowRows;
+    const bool shallow = b.template count<C>() > 2 && s.wide_ctas > 0 && item->q_rows <= kNarrowRows;
 #pragma unroll 1
     for (int t = 0; t < item->num_tokens; t += kBlock * C::kTile) {
       const Pages<C> pages = ahead;
@@ -199,8 +212,8 @@ __device__ __forceinline__ void load_kv(const DecodeParams& p, SharedStorage<C>&
           slot[g] = slot_of(p, *item, i == 0 ? pages.of[0][g] : pages.of[1][g],
                             t + i * C::kTile + g * 32 + ptx::thread_id() % 32);
         load_tile<C>(p, b, slot, kv_head_of(*item), shallow, ptx::thread_id() % 32);
-        if (ptx::thread_id() % 32 == 0) {
-          ptx::store_release(b.issued, b.slot + static_cast<int>(b.phase) * b.count);
+        if (!C::kConverts && ptx::thread_id() % 32 == 0) {  // else the converter does
+          ptx::store_release(b.issued, b.slot + static_cast<int>(b.phase) * b.slots);
           if (t + i == 0) ptx::mbarrier_arrive(ptx::smem_address(&s.item_started[read.slot()]));
         }
       }

@@ -43,8 +43,12 @@ __device__ __forceinline__ void issue_pv(float (&o)[C::kHeadDim / 2], const uint
   const uint64_t v_first = ptx::wgmma_descriptor(v_smem, 1024, C::kGroupBytes);
 #pragma unroll
   for (int step = 0; step < kTile / 16; ++step) {
-    ptx::wgmma<typename C::T, C::kHeadDim, 1>(o, probs[step], ptx::wgmma_advance(v_first, step * 2 * C::kGroupBytes),
-                                              step > 0 ? 1 : accumulate);
+#pragma unroll
+    for (int column = 0; column < C::kHeadDim; column += C::kPvColumns) {
+      ptx::wgmma<typename C::T, C::kPvColumns, 1>(
+          reinterpret_cast<float (&)[C::kPvColumns / 2]>(o[column / 2]), probs[step],
+          ptx::wgmma_advance(v_first, step * 2 * C::kGroupBytes + column / 64 * 1024), step > 0 ? 1 : accumulate);
+    }
   }
   ptx::wgmma_commit();
 }

@@ -1,44 +1,79 @@
 // Shapes and shared memory of the decode kernel: tiles, rings, items. Read after decode.cuh's header.
 #pragma once
+#include <algorithm>
+#include <type_traits>
+
 #include "attention/params.h"
 #include "common/ptx.cuh"
 
 namespace flashcore::decode {
 
-template <typename Element, int kHeadDim_>
+// A tile of `kTokens` tokens of one KV head in shared memory: [8-token group][line of up to 128 B][8 tokens], swizzled.
+template <int kTokens, int kRowBytes_>
+struct TileShape {
+  static constexpr int kRowBytes = kRowBytes_;
+  static constexpr int kGroupBytes = 8 * kRowBytes;  // 8 tokens (or q_rows)
+  static constexpr int kBufferBytes = kTokens * kRowBytes;
+  static constexpr int kChunks = kRowBytes / 16;  // 16-byte chunks of a row
+};
+
+// Cache: the elements of the KV cache. E4m3 is converted (converter.cuh) to fp16, the type of the products.
+template <typename Cache, int kHeadDim_>
 struct Traits {
-  using T = Element;
+  static constexpr bool kConverts = std::is_same_v<Cache, E4m3>;
+  using T = std::conditional_t<kConverts, __half, Cache>;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kTile = kHeadDim == 256 ? 64 : 128;  // tokens of a buffer
-  static constexpr int kKBuffers = kHeadDim == 64 ? 6 : 3, kVBuffers = kHeadDim == 256 ? 2 : kKBuffers;
-  static constexpr bool kQInRegisters = kHeadDim <= 128;  // d 256 has no registers left for it
+  // What the products read; with a converter most of the depth is in the cached tiles before it.
+  static constexpr int kKBuffers = kConverts ? (kHeadDim == 64 ? 4 : kHeadDim == 128 ? 2 : 1) : kHeadDim == 64 ? 6 : 3;
+  static constexpr int kVBuffers = kHeadDim == 256 ? 2 : kKBuffers;
+  static constexpr int kCachedBuffers = kHeadDim == 64 ? 4 : 2;  // each of K and V, before conversion
+  static constexpr bool kQInRegisters = kHeadDim <= 128;         // d 256 has no registers left for it
   static constexpr int kRowBytes = kHeadDim * 2;
   static constexpr int kGroupBytes = 8 * kRowBytes;  // 8 tokens (or q_rows)
   static constexpr int kBufferBytes = kTile * kRowBytes;
   static constexpr int kQBytes = kNarrowRows * kRowBytes;  // of one warpgroup
   static constexpr int kRing = 12;                         // items known to the CTA
+  // Columns of one P V instruction: no more than the registers at launch (65536 / kThreads) hold.
+  static constexpr int kPvColumns = kConverts ? std::min(kHeadDim, 128) : kHeadDim;
+  using Cached = TileShape<kTile, kConverts ? kHeadDim : kRowBytes>;  // what the loaders bring
+  static constexpr int kThreads = kConverts ? 512 : 384;
+  static constexpr int kProducerRegisters = kConverts ? 40 : 56, kConverterRegisters = kConverts ? 24 : 0;
+  static constexpr int kConsumerRegisters = 224;
+  // setmaxnreg moves registers inside what the CTA was launched with; asking for more waits forever.
+  static_assert(128 * (kProducerRegisters + kConverterRegisters) + 256 * kConsumerRegisters <=
+                65536 / kThreads / 8 * 8 * kThreads);
 };
 
-constexpr int kThreads = 384;
-constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
-// setmaxnreg moves registers inside what the CTA was launched with (168 x 384); asking for more waits forever.
-static_assert(128 * kProducerRegisters + 256 * kConsumerRegisters <= 168 * kThreads);
+// K and V as the loaders bring them, where a converter stands between them and the consumers.
+template <class C>
+struct CachedTiles {
+  alignas(1024) char k[C::kCachedBuffers][C::Cached::kBufferBytes];
+  alignas(1024) char v[C::kCachedBuffers][C::Cached::kBufferBytes];
+};
+template <class C>
+struct CachedBarriers {
+  uint64_t k_full[C::kCachedBuffers], k_empty[C::kCachedBuffers], v_full[C::kCachedBuffers], v_empty[C::kCachedBuffers];
+};
+struct None {};
 
 template <class C>
 struct SharedStorage {
   alignas(1024) char k[C::kKBuffers][C::kBufferBytes];
   alignas(1024) char v[C::kVBuffers][C::kBufferBytes];
+  [[no_unique_address]] std::conditional_t<C::kConverts, CachedTiles<C>, None> cached;
   alignas(1024) char q[2][C::kQBytes];
   WorkItem items[C::kRing];
   int destinations[2][2][kNarrowRows];  // of the q_rows in q, by warpgroup and phase; see kNowhere
   uint32_t scattered[2][C::kTile];      // where the tokens of a K and a V tile lie that no box holds (load_scattered)
   int list_items[2], wide_ctas;
-  int issued[2];  // ring positions behind the last K and the last V buffer that a loader has begun to fill
+  int issued[2];  // ring positions behind the last K and the last V buffer that has begun to be filled
   alignas(8) uint64_t k_full[C::kKBuffers], k_empty[C::kKBuffers], v_full[C::kVBuffers], v_empty[C::kVBuffers],
       q_full[2], q_empty[2], item_full[C::kRing], item_begun[C::kRing], item_empty[C::kRing];
   // A consumer warpgroup skips the tiles of the other one, perhaps more than a ring of them. The parity of a full
-  // barrier tells it about its own tile only from the time that both loaders have come to the item.
+  // barrier tells it about its own tile only from the time that who fills K and who fills V have come to the item.
   uint64_t item_started[C::kRing];
+  [[no_unique_address]] std::conditional_t<C::kConverts, CachedBarriers<C>, None> cached_barriers;
 };
 
 // Where the result of a q_row goes: a row of out (top bit set), a partial slot, or kNowhere. Kept in shared memory
@@ -67,10 +102,15 @@ struct Ring {
   }
 };
 
-// Byte offset of 16-byte chunk `chunk` of row `row` in a tile.
+// Byte offset of 16-byte chunk `chunk` of row `row` in a tile: lines of 128 bytes, or of 64, whose swizzle spreads
+// eight rows over all banks too.
 template <class C>
 __device__ __forceinline__ uint32_t tile_offset(int row, int chunk) {
-  return (row >> 3) * C::kGroupBytes + (chunk >> 3) * 1024 + (row & 7) * 128 + (((chunk ^ row) & 7) << 4);
+  if constexpr (C::kRowBytes == 64) {
+    return (row >> 3) * C::kGroupBytes + (row & 7) * 64 + (((chunk ^ (row >> 1)) & 3) << 4);
+  } else {
+    return (row >> 3) * C::kGroupBytes + (chunk >> 3) * 1024 + (row & 7) * 128 + (((chunk ^ row) & 7) << 4);
+  }
 }
 
 template <class C>

@@ -10,7 +10,9 @@ namespace flashcore::decode {
 constexpr int kBatch = 4;  // items claimed at a time while they are small
 constexpr int kSmallTokens = 256;
 constexpr int kSmallAhead = 2, kLargeAhead = 0;  // items still to be begun when the next are claimed
-constexpr int kItemReaders = 3 + 8;              // K, V and q loaders and the consumer warps
+// Warps: K, V and q loaders, the consumers, the converter if there is one.
+template <class C>
+constexpr int kItemReaders = 3 + 8 + (C::kConverts ? 4 : 0);
 
 __device__ __forceinline__ WorkItem load_item(const WorkItem* from) {
   const int4 a = __ldg(reinterpret_cast<const int4*>(from)), b = __ldg(reinterpret_cast<const int4*>(from) + 1);

@@ -103,6 +103,18 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t smem) {
 }
 
 // ---- shared memory among the threads of a CTA ----
+__device__ __forceinline__ uint4 load_shared_16(uint32_t smem) {
+  uint4 x;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(smem)
+               : "memory");
+  return x;
+}
+__device__ __forceinline__ void store_shared_16(uint32_t smem, uint4 x) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+               : "memory");
+}
 // racecheck takes release stores and acquire loads for plain ones; the build for it uses atomics.
 __device__ __forceinline__ void store_release(uint32_t smem, int value) {
 #ifdef FLASHCORE_RACECHECK
@@ -154,6 +166,22 @@ __device__ __forceinline__ void grid_dependency_launch() {
 }
 
 // ---- arithmetic ----
+// Two e4m3 to two fp16; exact, NaN stays NaN.
+__device__ __forceinline__ uint32_t e4m3x2_to_fp16x2(uint16_t x) {
+  uint32_t y;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(y) : "h"(x));
+  return y;
+}
+
+// Two bf16 to two fp16: exact from 2^-14 to 65504, beyond that the nearest finite value.
+__device__ __forceinline__ uint32_t bf16x2_to_fp16x2(uint32_t x) {
+  uint32_t y;
+  asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;"
+      : "=r"(y)
+      : "f"(__uint_as_float(x & 0xFFFF0000u)), "f"(__uint_as_float(x << 16)));
+  return y;
+}
+
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -57,6 +57,15 @@ inline DType half_type(const char* name, const TensorView& t) {
   return bf16 ? DType::kBf16 : DType::kFp16;
 }
 
+// The cache's dtype: q's, or e4m3.
+inline DType cache_type(const char* name, const TensorView& t, const TensorView& q) {
+  if (t.dtype().code == kDLFloat8_e4m3fn && t.dtype().bits == 8) return DType::kE4m3;
+  FC_CHECK(t.dtype().code == q.dtype().code && t.dtype().bits == q.dtype().bits)
+      << name << ": want the dtype of q or float8_e4m3fn, got " << static_cast<int>(t.dtype().bits) << "-bit type "
+      << static_cast<int>(t.dtype().code);
+  return half_type(name, t);
+}
+
 // Heads and head dims that the attention kernels are made for.
 inline void check_heads(int64_t heads, int64_t kv_heads, int64_t head_dim) {
   FC_CHECK(kv_heads > 0 && heads > 0 && heads % kv_heads == 0 && heads / kv_heads <= kNarrowRows)
@@ -96,13 +105,15 @@ inline void check_qkv(const TensorView& q, const TensorView& k_cache, const Tens
       << "v_cache: want shape and strides of k_cache " << shape_text(k_cache) << ", got " << shape_text(v_cache);
   FC_CHECK(k_cache.size(0) > 0 && k_cache.size(0) < (int64_t{1} << 31))
       << "k_cache: want 1 .. 2^31 - 1 slots, got " << k_cache.size(0);
-  FC_CHECK(k_cache.stride(0) % 8 == 0 && k_cache.stride(1) % 8 == 0 &&
-           k_cache.size(0) * (k_cache.stride(0) / 8) < (int64_t{1} << 32))
-      << "k_cache: want strides in multiples of 8 elements and less than 64 GiB, got strides " << k_cache.stride(0)
-      << ", " << k_cache.stride(1) << " of " << shape_text(k_cache);
-  FC_CHECK(half_type("k_cache", k_cache) == half_type("q", q) && half_type("v_cache", v_cache) == half_type("q", q) &&
-           half_type("out", out) == half_type("q", q))
-      << "k_cache, v_cache, out: want the dtype of q, got another";
+  half_type("q", q);
+  const DType cached = cache_type("k_cache", k_cache, q);
+  FC_CHECK(cached == cache_type("v_cache", v_cache, q)) << "v_cache: want the dtype of k_cache, got another";
+  FC_CHECK(half_type("out", out) == half_type("q", q)) << "out: want the dtype of q, got another";
+  const int64_t unit = 16 / bytes_of(cached);  // elements of 16 bytes
+  FC_CHECK(k_cache.stride(0) % unit == 0 && k_cache.stride(1) % unit == 0 &&
+           k_cache.size(0) * (k_cache.stride(0) / unit) < (int64_t{1} << 32))
+      << "k_cache: want strides in multiples of " << unit << " elements and less than 64 GiB, got strides "
+      << k_cache.stride(0) << ", " << k_cache.stride(1) << " of " << shape_text(k_cache);
   for (auto& [name, t] :
        {std::pair<const char*, const TensorView&>{"q", q}, {"k_cache", k_cache}, {"v_cache", v_cache}, {"out", out}})
     check_device(name, t, like);
@@ -122,8 +133,9 @@ void fill_attention(Params& p, const TensorView& q, const TensorView& k_cache, c
   p.out_row_stride = out.stride(0);
   p.kv_slot_stride = k_cache.stride(0);
   p.kv_head_stride = k_cache.stride(1);
-  p.kv_slot_units = k_cache.stride(0) / 8;
-  p.kv_head_units = k_cache.stride(1) / 8;
+  const int64_t unit = 16 / bytes_of(cache_type("k_cache", k_cache, q));
+  p.kv_slot_units = k_cache.stride(0) / unit;
+  p.kv_head_units = k_cache.stride(1) / unit;
   p.heads = q.size(1);
   p.kv_heads = k_cache.size(1);
   p.ratio = p.heads / p.kv_heads;
@@ -139,6 +151,34 @@ void fill_attention(Params& p, const TensorView& q, const TensorView& k_cache, c
            s.IsContiguous())
       << "sinks: want contiguous float32 [" << q.size(1) << "], got " << shape_text(s);
   p.sinks = static_cast<const float*>(s.data_ptr());
+}
+
+inline const float* scale_array(const char* name, const Optional<TensorView>& scale, const TensorView& like,
+                                int kv_heads, bool e4m3, int* stride) {
+  if (!scale.has_value()) return nullptr;
+  const TensorView& s = scale.value();
+  check_device(name, s, like);
+  FC_CHECK(e4m3) << name << ": want none for a cache that is not float8_e4m3fn, got " << shape_text(s);
+  FC_CHECK(s.dtype().code == kDLFloat && s.dtype().bits == 32 && (s.numel() == 1 || s.numel() == kv_heads) &&
+           s.IsContiguous())
+      << name << ": want contiguous float32 [1] or [" << kv_heads << "], got " << shape_text(s);
+  *stride = s.numel() == 1 ? 0 : 1;
+  return static_cast<const float*>(s.data_ptr());
+}
+
+// Scales of an e4m3 cache: in device memory, or `v_factor` that the host knows.
+inline CacheScales cache_scales(const TensorView& q, const TensorView& k_cache, const Optional<TensorView>& k_scale,
+                                const Optional<TensorView>& v_scale, double v_factor) {
+  const bool e4m3 = cache_type("k_cache", k_cache, q) == DType::kE4m3;
+  const int kv_heads = k_cache.size(1);
+  FC_CHECK(v_factor > 0 && (e4m3 || v_factor == 1)) << "v_scale: want a positive number, or 1 for a cache that is not "
+                                                    << "float8_e4m3fn, got " << v_factor;
+  CacheScales c{};
+  c.k = scale_array("k_scale", k_scale, q, kv_heads, e4m3, &c.k_stride);
+  c.v = scale_array("v_scale", v_scale, q, kv_heads, e4m3, &c.v_stride);
+  c.v_host = v_factor;
+  c.bf16 = half_type("q", q) == DType::kBf16;
+  return c;
 }
 
 }  // namespace flashcore

@@ -123,8 +123,15 @@ class Decode:
     """The three kernels on one layout."""
 
     def __init__(
-        self, layout: CsrLayout, heads: int, kv_heads: int, head_dim: int, partial_capacity: int | None = None
+        self,
+        layout: CsrLayout,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        partial_capacity: int | None = None,
+        kv_dtype: torch.dtype = torch.bfloat16,
     ):
+        self.costs = schedule_costs("hopper", kv_dtype)
         self.library = build.library("cuda")
         self.heads, self.kv_heads, self.head_dim, self.page_size = heads, kv_heads, head_dim, layout.page_size
         self.segments = max(layout.num_segments, 1)
@@ -166,10 +173,10 @@ class Decode:
             self.kv_heads,
             self.head_dim,
             self.partials,
-            *schedule_costs("hopper"),
+            *self.costs,
         )
 
-    def run(self, q, k, v, out, *, scale: float, logit_cap: float = 0.0, sinks: torch.Tensor | None = None) -> None:
+    def run(self, q, k, v, out, *, scale: float, logit_cap=0.0, sinks=None, k_scale=None, v_scale=None) -> None:
         self.library.decode(
             q,
             k,
@@ -180,9 +187,7 @@ class Decode:
             self.segments,
             self.partials,
             self.page_size,
-            scale,
-            logit_cap,
-            sinks,
+            *gpu_decode.scale_arguments(scale, k_scale, v_scale, logit_cap, sinks),
         )
 
     def __call__(self, q, k, v, **options) -> torch.Tensor:
