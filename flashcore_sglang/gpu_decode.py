@@ -6,6 +6,8 @@ captured. Every buffer is allocated by the constructor and never moves, so graph
 
 from __future__ import annotations
 
+from typing import Any, TypeAlias
+
 import torch
 
 from flashcore_sglang import build
@@ -13,11 +15,13 @@ from flashcore_sglang.config import schedule_costs
 from flashcore_sglang.device_pager import MAX_ROWS, DevicePager
 from flashcore_sglang.device_window import DeviceWindow
 
-Scale = torch.Tensor | float | None
+Scale: TypeAlias = torch.Tensor | float | None
 """What the values of an e4m3 cache are to be multiplied with: a number, float32 of [1] or [G], None: 1."""
 
 
-def scale_arguments(scale: float, k_scale: Scale, v_scale: Scale, logit_cap: float, sinks: torch.Tensor | None) -> list:
+def scale_arguments(
+    scale: float, k_scale: Scale, v_scale: Scale, logit_cap: float, sinks: torch.Tensor | None
+) -> list[Any]:
     """The last arguments of the library's attention: numbers are folded, tensors are left to the kernel."""
     tensors = [x.detach().reshape(-1) if isinstance(x, torch.Tensor) else None for x in (k_scale, v_scale)]
     k, v = (1.0 if x is None or isinstance(x, torch.Tensor) else float(x) for x in (k_scale, v_scale))
