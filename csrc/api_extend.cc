@@ -14,15 +14,16 @@ namespace {
 
 constexpr int64_t kMaxTokens = 1 << 20;
 
+// `e4m3`: of the cache, 0 or 1.
 WorkspaceLayout checked_layout(int64_t max_rows, int64_t max_tokens, int64_t heads, int64_t kv_heads, int64_t head_dim,
-                               int64_t partial_capacity) {
+                               int64_t partial_capacity, int64_t e4m3) {
   check_heads(heads, kv_heads, head_dim);
   FC_CHECK(max_rows >= 1 && max_rows <= kMaxBatch) << "max_rows: want 1 .. " << kMaxBatch << ", got " << max_rows;
   FC_CHECK(max_tokens >= 1 && max_tokens <= kMaxTokens)
       << "max_tokens: want 1 .. " << kMaxTokens << ", got " << max_tokens;
   FC_CHECK(partial_capacity >= 0 && partial_capacity < (1 << 16))
       << "partial_capacity: want 0 .. 65535, got " << partial_capacity;
-  return workspace_layout(max_rows, max_tokens, heads, kv_heads, head_dim, partial_capacity);
+  return workspace_layout(max_rows, max_tokens, heads, kv_heads, head_dim, e4m3 != 0, partial_capacity);
 }
 
 Workspace checked_workspace(const TensorView& workspace, const WorkspaceLayout& w) {
@@ -36,8 +37,9 @@ int log2_of(int64_t page_size) {
 }
 
 int64_t extend_workspace_bytes(int64_t max_rows, int64_t max_tokens, int64_t heads, int64_t kv_heads, int64_t head_dim,
-                               int64_t partial_capacity) {
-  return static_cast<int64_t>(checked_layout(max_rows, max_tokens, heads, kv_heads, head_dim, partial_capacity).bytes);
+                               int64_t partial_capacity, int64_t e4m3) {
+  return static_cast<int64_t>(
+      checked_layout(max_rows, max_tokens, heads, kv_heads, head_dim, partial_capacity, e4m3).bytes);
 }
 
 bool check_lens(const char* name, const TensorView& t, const TensorView& like, int64_t rows) {
@@ -54,8 +56,8 @@ void extend_schedule(TensorView sizes, TensorView row_order, TensorView segment_
                      TensorView q_lens, TensorView workspace, int64_t num_tokens, int64_t table_stride,
                      int64_t page_size, int64_t max_rows, int64_t max_tokens, int64_t heads, int64_t kv_heads,
                      int64_t head_dim, int64_t partial_capacity, int64_t visible, int64_t window_left, TensorView table,
-                     int64_t gather_slots, int64_t gather_rows_scattered, int64_t gather_rows_boxed) {
-  const WorkspaceLayout w = checked_layout(max_rows, max_tokens, heads, kv_heads, head_dim, partial_capacity);
+                     int64_t gather_slots, int64_t gather_rows_scattered, int64_t gather_rows_boxed, int64_t e4m3) {
+  const WorkspaceLayout w = checked_layout(max_rows, max_tokens, heads, kv_heads, head_dim, partial_capacity, e4m3);
   const int64_t batch = row_order.numel(), segments = segment_entries.numel() - 1;
   FC_CHECK(batch >= 1 && batch <= max_rows) << "row_order: want 1 .. " << max_rows << " rows, got " << batch;
   FC_CHECK(num_tokens >= 0 && num_tokens <= max_tokens)
@@ -90,7 +92,7 @@ void extend_schedule(TensorView sizes, TensorView row_order, TensorView segment_
   p.kv_heads = kv_heads;
   p.ratio = heads / kv_heads;
   p.ctas = multiprocessors(workspace);
-  p.tile_rows = tile_rows(head_dim);
+  p.tile_rows = tile_rows(head_dim, e4m3 != 0);
   p.tile_tokens = tile_tokens(head_dim);
   p.head_dim = head_dim;
   FC_CHECK(gather_slots >= 0 && gather_slots <= kMaxGatherSlots)
@@ -103,23 +105,27 @@ void extend_schedule(TensorView sizes, TensorView row_order, TensorView segment_
   launch_schedule(p, current_stream(workspace));
 }
 
-template <typename T>
+template <typename Cache>
 void launch_dim(const Params& p, int64_t head_dim, int ctas, cudaStream_t stream) {
-  if (head_dim == 64) launch<T, 64>(p, ctas, stream);
-  if (head_dim == 128) launch<T, 128>(p, ctas, stream);
-  if (head_dim == 256) launch<T, 256>(p, ctas, stream);
+  if (head_dim == 64) launch<Cache, 64>(p, ctas, stream);
+  if (head_dim == 128) launch<Cache, 128>(p, ctas, stream);
+  if (head_dim == 256) launch<Cache, 256>(p, ctas, stream);
 }
 
 void extend(TensorView q, TensorView k_cache, TensorView v_cache, TensorView table, TensorView workspace,
             TensorView out, int64_t page_size, int64_t max_rows, int64_t max_tokens, int64_t partial_capacity,
-            int64_t windowed, double scale, double logit_cap, Optional<TensorView> sinks,
-            Optional<TensorView> custom_mask, Optional<TensorView> gathered) {
+            int64_t windowed, double scale, double logit_cap, Optional<TensorView> sinks, Optional<TensorView> k_scale,
+            Optional<TensorView> v_scale, double v_factor, Optional<TensorView> custom_mask,
+            Optional<TensorView> gathered) {
   check_qkv(q, k_cache, v_cache, out, workspace);
   const int64_t heads = q.size(1), head_dim = q.size(2), kv_heads = k_cache.size(1);
-  const WorkspaceLayout w = checked_layout(max_rows, max_tokens, heads, kv_heads, head_dim, partial_capacity);
+  const DType cached = cache_type("k_cache", k_cache, q);
+  const WorkspaceLayout w =
+      checked_layout(max_rows, max_tokens, heads, kv_heads, head_dim, partial_capacity, cached == DType::kE4m3);
   FC_CHECK(q.size(0) <= max_tokens) << "q: want at most " << max_tokens << " tokens, got " << shape_text(q);
   Params p{};
   fill_attention(p, q, k_cache, v_cache, out, scale, logit_cap, sinks);
+  p.cache = cache_scales(q, k_cache, k_scale, v_scale, v_factor);
   if (q.size(0) == 0) return;
   p.work = checked_workspace(workspace, w);
   p.table = int_array("table", table, workspace, 1);
@@ -140,20 +146,29 @@ void extend(TensorView q, TensorView k_cache, TensorView v_cache, TensorView tab
   if (gathered.has_value()) {
     const TensorView& g = gathered.value();
     check_device("gathered", g, workspace);
-    FC_CHECK(g.ndim() == 4 && g.size(0) == 2 && g.size(1) > 0 && g.size(2) == kv_heads && g.size(3) == head_dim * 2 &&
+    const int64_t row_bytes = head_dim * bytes_of(cached);
+    FC_CHECK(g.ndim() == 4 && g.size(0) == 2 && g.size(1) > 0 && g.size(2) == kv_heads && g.size(3) == row_bytes &&
              g.dtype().bits == 8 && g.IsContiguous())
-        << "gathered: want contiguous uint8 [2, slots, " << kv_heads << ", " << head_dim * 2 << "], got "
-        << shape_text(g);
+        << "gathered: want contiguous uint8 [2, slots, " << kv_heads << ", " << row_bytes << "], got " << shape_text(g);
     for (const void* base :
          {p.k, p.v, static_cast<const void*>(g.data_ptr())})  // the maps, which come later, check too
       FC_CHECK(reinterpret_cast<uintptr_t>(base) % 16 == 0)
           << "k_cache, v_cache, gathered: want a base aligned to 16 bytes";
     p.gathered = g.data_ptr();
     p.gather_slots = g.size(1);
-    launch_gather(p, head_dim, ctas, stream);
+    launch_gather(p, row_bytes / 16, ctas, stream);
   }
-  half_type("q", q) == DType::kBf16 ? launch_dim<__nv_bfloat16>(p, head_dim, ctas, stream)
-                                    : launch_dim<__half>(p, head_dim, ctas, stream);
+  switch (cached) {
+    case DType::kBf16:
+      launch_dim<__nv_bfloat16>(p, head_dim, ctas, stream);
+      break;
+    case DType::kFp16:
+      launch_dim<__half>(p, head_dim, ctas, stream);
+      break;
+    case DType::kE4m3:
+      launch_dim<E4m3>(p, head_dim, ctas, stream);
+      break;
+  }
 }
 
 }  // namespace

@@ -14,6 +14,7 @@ from flashcore_sglang import build
 from flashcore_sglang.config import GatherModel, gather_model
 from flashcore_sglang.device_pager import DeviceLayout, DevicePager
 from flashcore_sglang.device_window import DeviceWindow
+from flashcore_sglang.gpu_decode import Scale, scale_arguments
 
 PARTIAL_CAPACITY = 512
 """Chunks of tiles that were cut because there are few of them; each is a tile's rows of D floats."""
@@ -41,6 +42,7 @@ class GpuExtend:
         heads, kv_heads, head_dim: of the model's attention on this GPU.
         max_tokens: query tokens that there is room for at first; a larger step allocates more, which those that are
                     captured must not.
+        kv_dtype:   of the KV cache: bfloat16 or float16, which q then has too, or float8_e4m3fn.
         deterministic: a token's result does not depend on the batch or on how its request was cut into chunks, if the
                     pager shares nothing: tiles are not cut.
         device:     a Hopper GPU.
@@ -57,6 +59,7 @@ class GpuExtend:
         kv_heads: int,
         head_dim: int,
         max_tokens: int = 8192,
+        kv_dtype: torch.dtype = torch.bfloat16,
         deterministic: bool = False,
         device: torch.device | str = "cuda",
         gather: GatherModel | None = None,
@@ -67,24 +70,30 @@ class GpuExtend:
         self._layout: DeviceLayout = pager.layout(1)
         self._num_tokens, self._windowed = 0, False
         self._device, self._page_size = device, pager.page_size
+        self._kv_dtype = kv_dtype
         self._partials = 0 if deterministic else PARTIAL_CAPACITY
         self._gather = gather or gather_model("hopper")
         self._gathered, self._gathers = self._make_gathered(), False
         self._max_tokens, self._workspace = max_tokens, self._make_workspace(max_tokens)
 
     def _make_gathered(self) -> torch.Tensor:
-        """[2, slots, G, D] of two bytes: copies of K and V."""
-        slot_bytes = 2 * self._kv_heads * self._head_dim * 2
+        """[2, slots, G, bytes of D elements]: copies of K and V."""
+        row_bytes = self._head_dim * self._kv_dtype.itemsize
+        slot_bytes = 2 * self._kv_heads * row_bytes
         slots = (self._gather.mebibytes << 20) // slot_bytes if self._page_size <= self._gather.max_page_size else 0
         slots = min(slots, MAX_GATHER_SLOTS)
-        shape = (2, slots, self._kv_heads, 2 * self._head_dim)
+        shape = (2, slots, self._kv_heads, row_bytes)
         return torch.empty(shape, dtype=torch.uint8, device=self._device)
 
     def _make_workspace(self, max_tokens: int) -> torch.Tensor:
         size = self._library.extend_workspace_bytes(
-            self.max_rows, max_tokens, self._heads, self._kv_heads, self._head_dim, self._partials
+            self.max_rows, max_tokens, self._heads, self._kv_heads, self._head_dim, self._partials, self._e4m3
         )
         return torch.empty(size, dtype=torch.uint8, device=self._device)
+
+    @property
+    def _e4m3(self) -> int:
+        return int(self._kv_dtype == torch.float8_e4m3fn)
 
     @property
     def num_tokens(self) -> int:
@@ -139,7 +148,7 @@ class GpuExtend:
             seq_lens, q_lens, self._workspace, num_tokens, self.pager.table_stride, x.page_size, self.max_rows,
             self._max_tokens, self._heads, self._kv_heads, self._head_dim, self._partials, int(visible), window_left,
             x.table, self._gathered.shape[1] if self._gathers else 0, self._gather.rows_scattered,
-            self._gather.rows_boxed,
+            self._gather.rows_boxed, self._e4m3,
         )  # fmt: skip
 
     def attend(
@@ -153,12 +162,15 @@ class GpuExtend:
         logit_cap: float = 0.0,
         sinks: torch.Tensor | None = None,
         custom_mask: torch.Tensor | None = None,
+        k_scale: Scale = None,
+        v_scale: Scale = None,
     ) -> torch.Tensor:
         """Attention of the planned batch, into ``out``.
 
         Args:
             q:       [T, H, D] bf16 or fp16, request after request, heads and dims contiguous.
-            k_cache: [slots, G, D], token-major; holds the new tokens too. v_cache: like it.
+            k_cache: [slots, G, D] of ``kv_dtype``, token-major; holds the new tokens too. v_cache: like it.
+            k_scale, v_scale: of a float8_e4m3fn cache, as for ``GpuDecode.attend``.
             out:     [T, H, D], written and returned. A token that sees nothing gets zeros.
             scale:   multiplies q.k. logit_cap: 0 is none. sinks: [H] float32, the logit of a key without a value.
             custom_mask: of ``Visible.MASKED``: [sum of q_lens * seq_lens] bool or uint8, for each request its new
@@ -170,7 +182,8 @@ class GpuExtend:
             raise ValueError(f"q: want {self._num_tokens} tokens, those of the plan, got {q.shape[0]}")
         self._library.extend(
             q, k_cache, v_cache, self._layout.table, self._workspace, out, self._layout.page_size, self.max_rows,
-            self._max_tokens, self._partials, int(self._windowed), scale, logit_cap, sinks, custom_mask,
+            self._max_tokens, self._partials, int(self._windowed),
+            *scale_arguments(scale, k_scale, v_scale, logit_cap, sinks), custom_mask,
             self._gathered if self._gathers else None,
         )  # fmt: skip
         return out

@@ -3,13 +3,14 @@
     python scripts/bench_prefill.py                              # every case, 32/8 heads, bf16
     python scripts/bench_prefill.py --cases d128 --variants runs:1 --peers fa3
     python scripts/bench_prefill.py --peers none --rounds 2      # ours alone
+    python scripts/bench_prefill.py --kv-dtype fp8_e4m3 --peers fa3  # FA3 casts q to e4m3 too, as SGLang does
 
 A variant is an order of the pages (runs: a request's are consecutive; permuted) and a page size. Each contender is
 captured in a CUDA graph; rounds are interleaved (ours, peer, ours, peer ...), the L2 is flushed before every replay,
 and the figure of a round is the median of its replays. "ours" is attention plus 1/32 of pager and work list, which run
 once per step for all layers. FA3 is called as SGLang calls it for prefill; "contiguous" is its varlen function on K and
 V without pages. The matrix product is 8192^3 in bf16, in the same rounds.
-Results go to scripts/results/prefill.json, and a chart beside it if matplotlib is there.
+Results go to scripts/results/prefill.json (prefill_fp8_e4m3.json), and a chart beside it if matplotlib is there.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from gpu.extend_cases import Batch, Extend, batch  # noqa: E402
 from flashcore_sglang.config import cost_model  # noqa: E402
 
 HEADS, KV_HEADS, LAYERS = 32, 8, 32
+KV_DTYPES = {"bfloat16": torch.bfloat16, "fp8_e4m3": torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,9 @@ def run_case(name: str, variant: str, args: argparse.Namespace, flush: Callable[
     b = batch(case.groups, int(page_size), order)
     q = torch.randn(b.num_tokens, HEADS, case.head_dim, device="cuda", dtype=torch.bfloat16)
     k, v = (torch.randn(b.num_slots, KV_HEADS, case.head_dim, device="cuda", dtype=q.dtype) for _ in range(2))
-    extend, out = Extend(b, HEADS, KV_HEADS, case.head_dim, cost_model=cost_model("hopper")), torch.empty_like(q)
+    k, v = (x.to(KV_DTYPES[args.kv_dtype]) for x in (k, v))
+    extend = Extend(b, HEADS, KV_HEADS, case.head_dim, cost_model=cost_model("hopper"), kv_dtype=k.dtype)
+    out = torch.empty_like(q)
     scale = case.head_dim**-0.5
     extend.plan()
     extend.kernels.attend(q, k, v, out, scale=scale)
@@ -202,7 +206,7 @@ def draw(record: dict[str, Any], path: pathlib.Path) -> None:
         axes.barh(at, [c["tflops"].get(name, 0) for c in cases], height, label=labels[name])
     axes.set_yticks(range(len(cases)), [f"{c['case']}, {c['variant']}" for c in cases], fontsize=7)
     axes.invert_yaxis()
-    axes.set_xlabel(f"TFLOP/s, {record['gpu']}, bf16, {HEADS} query heads on {KV_HEADS}")
+    axes.set_xlabel(f"TFLOP/s, {record['gpu']}, bf16, KV {record['kv_dtype']}, {HEADS} query heads on {KV_HEADS}")
     axes.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -212,6 +216,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", default="", help="comma-separated parts of case names; default all")
     parser.add_argument("--variants", default="", help="order:page_size, ...; default those with a wanted ratio")
+    parser.add_argument("--kv-dtype", default="bfloat16", choices=tuple(KV_DTYPES))
     parser.add_argument("--peers", default="fa3,contiguous,flashinfer", help="of fa3, contiguous, flashinfer; none")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--replays", type=int, default=5)
@@ -231,12 +236,13 @@ def main() -> None:
     ratios = [r["ratio"] for r in results if r["ratio"]]
     if ratios:
         print(f"geometric mean of FA3 / ours: {math.exp(sum(map(math.log, ratios)) / len(ratios)):.2f}")
-    record = machine() | {"heads": HEADS, "kv_heads": KV_HEADS, "cases": results}
+    record = machine() | {"heads": HEADS, "kv_heads": KV_HEADS, "kv_dtype": args.kv_dtype, "cases": results}
     path = pathlib.Path(args.out)
     path.mkdir(parents=True, exist_ok=True)
-    (path / "prefill.json").write_text(json.dumps(record, indent=1))
+    name = "prefill" if args.kv_dtype == "bfloat16" else f"prefill_{args.kv_dtype}"
+    (path / f"{name}.json").write_text(json.dumps(record, indent=1))
     try:
-        draw(record, path / "prefill.png")
+        draw(record, path / f"{name}.png")
     except ImportError as e:
         print(f"no chart: {e}")
 

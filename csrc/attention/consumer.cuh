@@ -13,27 +13,6 @@ __device__ __forceinline__ int first_q_row(const WorkItem& item) {
   return item.q_row + (item.q_rows > kNarrowRows ? warpgroup_id() * kNarrowRows : 0);
 }
 
-// What scores are multiplied with: the launch's own numbers, or with the scale of an e4m3 cache's K.
-struct ScoreScales {
-  float scale_log2, logit_cap, cap_scale_log2;
-};
-template <class C>
-__device__ __forceinline__ decltype(auto) score_scales(const DecodeParams& p, int kv_head) {
-  if constexpr (C::kConverts) {
-    const float k = p.cache.of_k(kv_head);
-    return ScoreScales{p.logit_cap > 0.f ? p.scale_log2 : p.scale_log2 * k, p.logit_cap, p.cap_scale_log2 * k};
-  } else {
-    return (p);
-  }
-}
-
-// Two results in the dtype of out, which differs from the products' where the cache is e4m3.
-template <class C>
-__device__ __forceinline__ uint32_t round_out(const DecodeParams& p, float x, float y) {
-  if (C::kConverts && p.cache.bf16) return pack(x, y, static_cast<__nv_bfloat16*>(nullptr));
-  return pack(x, y, static_cast<typename C::T*>(nullptr));
-}
-
 // Divides, adds the sink where the row ends here, and stores 8 (fp32) or 4 (16-bit) bytes per thread and 8 columns.
 template <class C, class Scales>
 __device__ __forceinline__ void store_rows(const DecodeParams& p, const Scales& scales, SharedStorage<C>& s,
@@ -92,30 +71,16 @@ __device__ __forceinline__ void wait_issued(const int* issued, const Ring<kBuffe
   } while (ahead == 0 || ahead > kBuffers);
 }
 
+template <class C>
 __device__ __forceinline__ void wait_full(uint32_t barrier, uint32_t phase) {
   ptx::mbarrier_wait(barrier, phase);
-  ptx::fence_proxy_async();  // scattered tokens came by cp.async, through the generic proxy
+  // Scattered tokens came by cp.async, through the generic proxy. The converter has done this itself.
+  if constexpr (!C::kConverts) ptx::fence_proxy_async();
 }
 
 // A buffer is free after two arrivals: one of each warpgroup, or two of the only one that reads it.
 __device__ __forceinline__ void release(uint32_t barrier, const WorkItem& item) {
   if (ptx::thread_id() % 128 == 0) ptx::mbarrier_arrive(barrier, item.q_rows > kNarrowRows ? 1 : 2);
-}
-
-// q of this warpgroup from bf16 to fp16, in place.
-template <class C>
-__device__ __forceinline__ void convert_q(uint32_t q_smem) {
-#pragma unroll 4
-  for (int at = ptx::thread_id() % 128 * 16; at < C::kQBytes; at += 128 * 16) {
-    uint4 x = ptx::load_shared_16(q_smem + at);
-    x.x = ptx::bf16x2_to_fp16x2(x.x);
-    x.y = ptx::bf16x2_to_fp16x2(x.y);
-    x.z = ptx::bf16x2_to_fp16x2(x.z);
-    x.w = ptx::bf16x2_to_fp16x2(x.w);
-    ptx::store_shared_16(q_smem + at, x);
-  }
-  ptx::fence_proxy_async();
-  asm volatile("barrier.cta.sync %0, 128;" ::"r"(1 + warpgroup_id()) : "memory");
 }
 
 // Where this warpgroup stands in the buffers. K and V rings of one size share a counter.
@@ -159,14 +124,11 @@ __device__ __forceinline__ void attend(const DecodeParams& p, SharedStorage<C>& 
   if constexpr (C::kQInRegisters) {
     load_q_fragments<C>(q, q_smem, ptx::thread_id() / 32 % 4, ptx::thread_id() % 32);
     ptx::mbarrier_warp_arrive(ptx::smem_address(&s.q_empty[warpgroup_id()]), ptx::thread_id() % 32);
-    if (C::kConverts && p.cache.bf16) {
-#pragma unroll
-      for (int i = 0; i < C::kHeadDim / 4; ++i) q[i / 4][i % 4] = ptx::bf16x2_to_fp16x2(q[i / 4][i % 4]);
-    }
+    if (C::kConverts && p.cache.bf16) convert_q<C>(q);
   } else if (C::kConverts && p.cache.bf16) {
-    convert_q<C>(q_smem);
+    convert_q<C>(q_smem, 1 + warpgroup_id());
   }
-  decltype(auto) scales = score_scales<C>(p, kv_head_of(item));
+  decltype(auto) scales = score_scales<C>(p, C::kConverts ? p.cache.of_k(kv_head_of(item)) : 1.f);
 
   Accumulators<C> acc;
   acc.max[0] = acc.max[1] = -INFINITY;
@@ -185,14 +147,14 @@ __device__ __forceinline__ void attend(const DecodeParams& p, SharedStorage<C>& 
 #pragma unroll 1
   for (int valid = item.num_tokens; valid > 0; valid -= kTile) {
     if (valid < item.num_tokens) wait_issued(&s.issued[0], ring.k(), item.num_tokens - valid, kTile);
-    wait_full(ptx::smem_address(&s.k_full[ring.k().slot()]), ring.k().phase());
+    wait_full<C>(ptx::smem_address(&s.k_full[ring.k().slot()]), ring.k().phase());
     ptx::wgmma_touch(scores);
     ptx::wgmma_touch(acc.o);
     ptx::wgmma_fence();
     issue_qk<C, kTile>(scores, q, q_smem, ptx::smem_address(s.k[ring.k().slot()]));
     const int done = item.num_tokens - valid;
     if (done > kTile) wait_issued(&s.issued[1], value(), done, kTile);
-    if (done > 0) wait_full(ptx::smem_address(&s.v_full[value().slot()]), value().phase());
+    if (done > 0) wait_full<C>(ptx::smem_address(&s.v_full[value().slot()]), value().phase());
     ptx::wgmma_fence();
     issue_pv<C, kTile>(acc.o, probs, ptx::smem_address(s.v[value().slot()]), done > kTile);
     ptx::wgmma_wait<1>();
@@ -214,7 +176,7 @@ __device__ __forceinline__ void attend(const DecodeParams& p, SharedStorage<C>& 
     round_probs<C, kTile>(probs, scores);
   }
   if (item.num_tokens > kTile) wait_issued(&s.issued[1], value(), 0, kTile);
-  wait_full(ptx::smem_address(&s.v_full[value().slot()]), value().phase());
+  wait_full<C>(ptx::smem_address(&s.v_full[value().slot()]), value().phase());
   ptx::wgmma_touch(acc.o);
   ptx::wgmma_fence();
   issue_pv<C, kTile>(acc.o, probs, ptx::smem_address(s.v[value().slot()]), item.num_tokens > kTile);

@@ -12,37 +12,44 @@ constexpr int kConverterThread = 384;  // first of the warpgroup
 
 // One tile from shared memory at `from` to `to`. A warp takes eight rows and four of their 16-byte chunks at a time:
 // eight lanes read, and write, a chunk of eight rows, which the swizzles spread over all banks. The other four chunks
-// of a line, and the second half of a chunk's sixteen values, lie an exclusive or further.
+// of a line, and the second half of a chunk's sixteen values, lie an exclusive or further. A short loop: in a cold
+// launch each line of code comes from memory.
 template <class C>
 __device__ __forceinline__ void convert_tile(uint32_t from, uint32_t to) {
   using Tile = typename C::Cached;
   constexpr int kParts = Tile::kChunks / 4, kGroups = C::kTile / 8 / 4;  // of four chunks of a row; of a warp
-  constexpr int kAtOnce = 2;
+  constexpr int kAtOnce = kParts == 1 && kGroups % 2 == 1 ? 1 : 2, kGroupsAtOnce = kParts == 1 ? kAtOnce : 1;
+  static_assert(kGroups % kGroupsAtOnce == 0);
   const int warp = ptx::thread_id() / 32 % 4, lane = ptx::thread_id() % 32;
   from += tile_offset<Tile>(warp * kGroups * 8 + (lane & 7), lane / 8);
   to += tile_offset<C>(warp * kGroups * 8 + (lane & 7), lane / 8 * 2);
+#pragma unroll 1
+  for (int group = 0; group < kGroups; group += kGroupsAtOnce) {
 #pragma unroll
-  for (int first = 0; first < kGroups * kParts; first += kAtOnce) {
-    uint4 x[kAtOnce];
+    for (int first = 0; first < kGroupsAtOnce * kParts; first += kAtOnce) {
+      uint4 x[kAtOnce];
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int group = (first + i) % kGroups, part = (first + i) / kGroups;
-      x[i] = ptx::load_shared_16((from ^ (part % 2 * 64)) + group * Tile::kGroupBytes + part / 2 * 1024);
-    }
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int ahead = (first + i) / kParts, part = (first + i) % kParts;
+        x[i] = ptx::load_shared_16((from ^ (part % 2 * 64)) + ahead * Tile::kGroupBytes + part / 2 * 1024);
+      }
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int group = (first + i) % kGroups, part = (first + i) / kGroups;
-      const uint32_t words[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int ahead = (first + i) / kParts, part = (first + i) % kParts;
+        const uint32_t words[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        uint32_t y[4];
+        for (int half = 0; half < 2; ++half) {
+          uint32_t y[4];
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
-          y[j] = ptx::e4m3x2_to_fp16x2(static_cast<uint16_t>(words[half * 2 + j / 2] >> (16 * (j % 2))));
-        ptx::store_shared_16((to ^ (half * 16)) + group * C::kGroupBytes + part * 1024,
-                             make_uint4(y[0], y[1], y[2], y[3]));
+          for (int j = 0; j < 4; ++j)
+            y[j] = ptx::e4m3x2_to_fp16x2(static_cast<uint16_t>(words[half * 2 + j / 2] >> (16 * (j % 2))));
+          ptx::store_shared_16((to ^ (half * 16)) + ahead * C::kGroupBytes + part * 1024,
+                               make_uint4(y[0], y[1], y[2], y[3]));
+        }
       }
     }
+    from += kGroupsAtOnce * Tile::kGroupBytes;
+    to += kGroupsAtOnce * C::kGroupBytes;
   }
 }
 
@@ -50,27 +57,28 @@ __device__ __forceinline__ void convert_tile(uint32_t from, uint32_t to) {
 template <class C>
 __device__ __forceinline__ void convert_kv(SharedStorage<C>& s) {
   constexpr uint32_t kCached = C::kCachedBuffers, kKeys = C::kKBuffers, kValues = C::kVBuffers;
-  static_assert(((kCached & (kCached - 1)) | (kKeys & (kKeys - 1)) | (kValues & (kValues - 1))) == 0);
+  static_assert(((kKeys & (kKeys - 1)) | (kValues & (kValues - 1))) == 0);
   auto& b = s.cached_barriers;
   Ring<C::kRing> read;
   uint32_t n = 0;  // twice the tile's number; odd: its V
-  auto wait_empty = [&](uint32_t of) {
+  // Waits until the buffer that `of` goes to has been filled with what was there before, or emptied of it.
+  auto wait_before = [&](uint32_t of, uint64_t* k_barriers, uint64_t* v_barriers) {
     const uint32_t buffers = of & 1 ? kValues : kKeys, at = of / 2 & (buffers - 1);
-    ptx::mbarrier_wait(ptx::smem_address(of & 1 ? &s.v_empty[at] : &s.k_empty[at]), (of / 2 & buffers) == 0);
+    ptx::mbarrier_wait(ptx::smem_address((of & 1 ? v_barriers : k_barriers) + at), (of / 2 & buffers) == 0);
   };
   while (true) {
     int left = 2 * tiles_of<C>(wait_item<C>(s, read));
     if (left <= 0) return;
+    wait_before(n, s.k_full, s.v_full);
+    wait_before(n + 1, s.k_full, s.v_full);
     // From here on a consumer may believe the parity of its first tiles' full barriers.
-    wait_empty(n);
-    wait_empty(n + 1);
     if (ptx::thread_id() == kConverterThread) ptx::mbarrier_arrive(ptx::smem_address(&s.item_started[read.slot()]), 2);
     finish_item<C>(s, read, ptx::thread_id() % 32);
 #pragma unroll 1
     for (; left > 0; --left, ++n) {
       const bool v = n & 1;
       const uint32_t buffers = v ? kValues : kKeys, from = n / 2 % kCached, to = n / 2 & (buffers - 1);
-      wait_empty(n);
+      wait_before(n, s.k_empty, s.v_empty);
       if (ptx::thread_id() == kConverterThread)  // of this tile's
         ptx::store_release(ptx::smem_address(&s.issued[v]), (n / 2 + 1) & (2 * buffers - 1));
       ptx::mbarrier_wait(ptx::smem_address(v ? &b.v_full[from] : &b.k_full[from]), n / 2 / kCached & 1);

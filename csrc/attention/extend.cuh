@@ -21,6 +21,7 @@
 // of a tile is decode's (tiles.cuh).
 #pragma once
 #include "attention/extend_consumer.cuh"
+#include "attention/extend_converter.cuh"
 #include "attention/extend_loader.cuh"
 #include "attention/extend_planner.cuh"
 #include "attention/launch.h"
@@ -35,8 +36,14 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   if (threadIdx.x == 0) {
     for (int i = 0; i < C::kBuffers; ++i) {
-      ptx::mbarrier_init(ptx::smem_address(&s.full[i]), kFullArrivals);
+      ptx::mbarrier_init(ptx::smem_address(&s.full[i]), C::kConverts ? 4 * ptx::kWarpArrivals : kFullArrivals);
       ptx::mbarrier_init(ptx::smem_address(&s.empty[i]), C::kWarpgroups * ptx::kWarpgroupArrivals);
+    }
+    if constexpr (C::kConverts) {
+      for (int i = 0; i < C::kCachedBuffers; ++i) {
+        ptx::mbarrier_init(ptx::smem_address(&s.cached_barriers.full[i]), kFullArrivals);
+        ptx::mbarrier_init(ptx::smem_address(&s.cached_barriers.empty[i]), 4 * ptx::kWarpArrivals);
+      }
     }
     ptx::mbarrier_init(ptx::smem_address(&s.q_full), kQArrivals);
     ptx::mbarrier_init(ptx::smem_address(&s.q_empty), 4 * C::kWarpgroups * ptx::kWarpArrivals);
@@ -61,9 +68,12 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     } else {
       load<C>(p, maps, s, warp - 1, static_cast<int>(threadIdx.x % 32));
     }
-  } else {
+  } else if (warp < 4 + 4 * C::kWarpgroups) {
     ptx::setmaxnreg_inc<C::kConsumerRegisters>();
     consume<C>(p, s);
+  } else if constexpr (C::kConverts) {
+    ptx::setmaxnreg_dec<C::kConverterRegisters>();
+    convert<C>(s);
   }
 }
 
@@ -72,7 +82,7 @@ void launch_kernel(const Params& p, int ctas, cudaStream_t stream) {
   constexpr int kSmemBytes = sizeof(SharedStorage<C>);
   static_assert(kSmemBytes <= 232448);
   TensorMaps maps{};
-  const DType dtype = std::is_same_v<typename C::T, __half> ? DType::kFp16 : DType::kBf16;
+  const DType dtype = C::kConverts ? DType::kE4m3 : std::is_same_v<typename C::T, __half> ? DType::kFp16 : DType::kBf16;
   for (int i = 0; i < 2; ++i) {
     const int tokens = i == 0 ? 8 : C::kTile;
     encode_kv_map(&maps.k[i], dtype, p.k, p.num_slots, p.kv_heads, C::kHeadDim, p.kv_slot_stride, p.kv_head_stride,
@@ -82,22 +92,22 @@ void launch_kernel(const Params& p, int ctas, cudaStream_t stream) {
   }
   if (p.gathered != nullptr) {
     const int64_t slot = int64_t{p.kv_heads} * C::kHeadDim;
-    const auto* k = static_cast<const typename C::T*>(p.gathered);
+    const auto* k = static_cast<const char*>(p.gathered);
     encode_kv_map(&maps.k[2], dtype, k, p.gather_slots, p.kv_heads, C::kHeadDim, slot, C::kHeadDim, C::kTile);
-    encode_kv_map(&maps.v[2], dtype, k + p.gather_slots * slot, p.gather_slots, p.kv_heads, C::kHeadDim, slot,
-                  C::kHeadDim, C::kTile);
+    encode_kv_map(&maps.v[2], dtype, k + p.gather_slots * slot * bytes_of(dtype), p.gather_slots, p.kv_heads,
+                  C::kHeadDim, slot, C::kHeadDim, C::kTile);
   }
   auto* kernel = extend_kernel<C>;
   FC_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes));
   launch_dependent(kernel, dim3(ctas), dim3(C::kThreads), kSmemBytes, stream, p, maps);
 }
 
-template <typename T, int kHeadDim>
+template <typename Cache, int kHeadDim>
 void launch(const Params& p, int ctas, cudaStream_t stream) {
   if (p.logit_cap > 0.f || p.windowed || p.custom_mask != nullptr) {
-    launch_kernel<Traits<T, kHeadDim, true>>(p, ctas, stream);
+    launch_kernel<Traits<Cache, kHeadDim, true>>(p, ctas, stream);
   } else {
-    launch_kernel<Traits<T, kHeadDim, false>>(p, ctas, stream);
+    launch_kernel<Traits<Cache, kHeadDim, false>>(p, ctas, stream);
   }
 }
 

@@ -19,10 +19,24 @@ __device__ __forceinline__ void wait_full(SharedStorage<C>& s, const Ring<C::kBu
   ptx::mbarrier_wait(ptx::smem_address(&s.full[ring.slot()]), ring.phase());
 }
 
-// Scattered tokens came by cp.async, through the generic proxy.
+// Scattered tokens came by cp.async, through the generic proxy. A converter has done this itself.
+template <class C>
 __device__ __forceinline__ void see_scattered(uint32_t flags) {
-  if (flags & kScattered) ptx::fence_proxy_async();
+  if (!C::kConverts && (flags & kScattered)) ptx::fence_proxy_async();
 }
+
+// Scales of an e4m3 cache for the KV head of an item.
+template <class C>
+struct ItemScales {
+  float k = 1.f;
+  __device__ __forceinline__ void take(const Params& p, const Item& item) {
+    if constexpr (C::kConverts) k = p.cache.of_k(item.kv_head);
+  }
+  __device__ __forceinline__ decltype(auto) of(const Params& p) const { return decode::score_scales<C>(p, k); }
+  __device__ __forceinline__ float of_v(const Params& p, const Item& item) const {
+    return C::kConverts ? p.cache.of_v(item.kv_head) : 1.f;
+  }
+};
 
 template <class C>
 __device__ __forceinline__ bool test_full(SharedStorage<C>& s, const Ring<C::kBuffers>& ring) {
@@ -108,14 +122,15 @@ __device__ __forceinline__ uint4 transpose_quad(const uint32_t (&x)[4]) {
 // Divides, adds the sink, and stores to out.
 template <class C>
 __device__ __forceinline__ void store_out(const Params& p, const Item& item, Accumulators<C>& acc,
-                                          const int (&indices)[2]) {
+                                          const int (&indices)[2], const ItemScales<C>& scales) {
   using T = typename C::T;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int head = item.kv_head * p.ratio + (item.q_row + first_row() + 8 * r) % p.ratio;
     float sum = acc.sum[r];
-    if (p.sinks != nullptr) sum += ptx::exp2_approx(p.sinks[head] * decode::kLog2e - acc.max[r] * p.scale_log2);
-    const float inverse = acc.max[r] == -INFINITY ? 0.f : 1.f / sum;
+    if (p.sinks != nullptr)
+      sum += ptx::exp2_approx(p.sinks[head] * decode::kLog2e - acc.max[r] * scales.of(p).scale_log2);
+    const float inverse = acc.max[r] == -INFINITY ? 0.f : scales.of_v(p, item) / sum;
     T* out = static_cast<T*>(p.out) + indices[r] * p.out_row_stride + head * C::kHeadDim + (ptx::thread_id() & 3) * 8;
 #pragma unroll
     for (int j = 0; j < C::kHeadDim / 8; j += 4) {
@@ -123,7 +138,7 @@ __device__ __forceinline__ void store_out(const Params& p, const Item& item, Acc
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int at = (j + i) * 4 + r * 2;
-        x[i] = decode::pack(acc.o[at] * inverse, acc.o[at + 1] * inverse, static_cast<T*>(nullptr));
+        x[i] = decode::round_out<C>(p, acc.o[at] * inverse, acc.o[at + 1] * inverse);
       }
       const uint4 y = transpose_quad(x);
       if (indices[r] >= 0) *reinterpret_cast<uint4*>(out + j * 8) = y;
@@ -132,12 +147,13 @@ __device__ __forceinline__ void store_out(const Params& p, const Item& item, Acc
 }
 
 template <class C>
-__device__ __forceinline__ void store_partial(const Params& p, const Item& item, Accumulators<C>& acc, int slot) {
+__device__ __forceinline__ void store_partial(const Params& p, const Item& item, Accumulators<C>& acc, int slot,
+                                              const ItemScales<C>& scales) {
   const int column = (ptx::thread_id() & 3) * 2;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const bool empty = acc.max[r] == -INFINITY;
-    const float inverse = empty ? 0.f : 1.f / acc.sum[r];
+    const float inverse = empty ? 0.f : scales.of_v(p, item) / acc.sum[r];
     const int64_t at = static_cast<int64_t>(slot) * C::kRows + first_row() + 8 * r;
     float* out = p.work.partial_out + at * C::kHeadDim + column;
 #pragma unroll
@@ -145,7 +161,7 @@ __device__ __forceinline__ void store_partial(const Params& p, const Item& item,
       __stcg(reinterpret_cast<float2*>(out + j * 8),
              make_float2(acc.o[j * 4 + r * 2] * inverse, acc.o[j * 4 + r * 2 + 1] * inverse));
     if (column == 0)
-      __stcg(p.work.partial_lse2 + at, empty ? -INFINITY : acc.max[r] * p.scale_log2 + log2f(acc.sum[r]));
+      __stcg(p.work.partial_lse2 + at, empty ? -INFINITY : acc.max[r] * scales.of(p).scale_log2 + log2f(acc.sum[r]));
   }
 }
 
@@ -207,8 +223,7 @@ __device__ __forceinline__ void merge_chunks(const Params& p, SharedStorage<C>& 
     T* dst = static_cast<T*>(p.out) + __ldg(&token->index) * p.out_row_stride + head * C::kHeadDim;
 #pragma unroll
     for (int k = 0; k < kPer; k += 2)
-      reinterpret_cast<uint32_t*>(dst)[k * 16 + lane] =
-          decode::pack(out[k] * inverse, out[k + 1] * inverse, static_cast<T*>(nullptr));
+      reinterpret_cast<uint32_t*>(dst)[k * 16 + lane] = decode::round_out<C>(p, out[k] * inverse, out[k + 1] * inverse);
   }
 }
 
@@ -241,7 +256,7 @@ __device__ __forceinline__ void reset(Accumulators<C>& acc) {
 
 template <class C>
 __device__ __forceinline__ void finish_item(const Params& p, SharedStorage<C>& s, const Item& item,
-                                            Accumulators<C>& acc, Rows rows) {
+                                            Accumulators<C>& acc, Rows rows, const ItemScales<C>& scales) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     if constexpr (!C::kQInRegisters) {
@@ -252,22 +267,25 @@ __device__ __forceinline__ void finish_item(const Params& p, SharedStorage<C>& s
     acc.sum[r] += __shfl_xor_sync(~0u, acc.sum[r], 2);
   }
   if (item.partial < 0) {
-    store_out<C>(p, item, acc, rows.indices);
+    store_out<C>(p, item, acc, rows.indices, scales);
   } else {
-    store_partial<C>(p, item, acc, item.partial + (item.chunk & 0xFFFF));
+    store_partial<C>(p, item, acc, item.partial + (item.chunk & 0xFFFF), scales);
     merge_chunks<C>(p, s, item);
   }
 }
 
 // q of an item, once it is there. In registers it leaves its buffer at once.
 template <class C>
-__device__ __forceinline__ void take_q(SharedStorage<C>& s, uint32_t (&q)[C::kQInRegisters ? C::kHeadDim / 16 : 1][4],
-                                       int item) {
+__device__ __forceinline__ void take_q(const Params& p, SharedStorage<C>& s,
+                                       uint32_t (&q)[C::kQInRegisters ? C::kHeadDim / 16 : 1][4], int item) {
   ptx::mbarrier_wait(ptx::smem_address(&s.q_full), item & 1);
   if constexpr (C::kQInRegisters) {
     decode::load_q_fragments<C>(q, ptx::smem_address(s.q[warpgroup_id()]), ptx::thread_id() / 32 % 4,
                                 ptx::thread_id() % 32);
     ptx::mbarrier_warp_arrive(ptx::smem_address(&s.q_empty), ptx::thread_id() % 32);
+    if (C::kConverts && p.cache.bf16) decode::convert_q<C>(q);
+  } else if (C::kConverts && p.cache.bf16) {
+    decode::convert_q<C>(ptx::smem_address(s.q[warpgroup_id()]), 1 + warpgroup_id());
   } else {
     ptx::fence_proxy_async();
   }
@@ -283,8 +301,9 @@ __device__ __forceinline__ void leave_q(SharedStorage<C>& s, uint32_t flags) {
 
 template <class C>
 __device__ __forceinline__ void mask_and_cap(const Params& p, const Item& item, const Tile& tile, uint32_t flags,
-                                             float (&scores)[C::kTile / 2], const Rows& rows) {
-  if constexpr (C::kGeneral) decode::cap_scores<C::kTile>(p, scores);
+                                             float (&scores)[C::kTile / 2], const Rows& rows,
+                                             const ItemScales<C>& scales) {
+  if constexpr (C::kGeneral) decode::cap_scores<C::kTile, C::kConverts ? 8 : C::kTile / 2>(scales.of(p), scores);
   if (flags & kMasked) hide<C>(p, item, tile, scores, rows.ends);
 }
 
@@ -334,11 +353,13 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage<C>& s) {
   Accumulators<C> acc;
   Ahead<C> ahead;
   Rows rows = load_rows<C>(p, s.items[item]);
+  ItemScales<C> scales;
+  scales.take(p, s.items[item]);
   reset<C>(acc);
 #pragma unroll
   for (int i = 0; i < kTile / 2; ++i) scores[i] = 0.f;
-  take_q<C>(s, q, item);
-  see_scattered(flags);
+  take_q<C>(p, s, q, item);
+  see_scattered<C>(flags);
   ptx::wgmma_touch(scores);
   ptx::wgmma_fence();
   decode::issue_qk<C, kTile>(scores, q, q_smem, ptx::smem_address(s.buffers[ring.slot()]));
@@ -346,8 +367,8 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage<C>& s) {
   ptx::wgmma_touch(scores);
   release<C>(s, ring, signals);
   leave_q<C>(s, flags);
-  mask_and_cap<C>(p, s.items[item], s.tiles[tile], flags, scores, rows);
-  decode::softmax_rows<C, kTile>(p, scores, acc, alpha);
+  mask_and_cap<C>(p, s.items[item], s.tiles[tile], flags, scores, rows, scales);
+  decode::softmax_rows<C, kTile>(scales.of(p), scores, acc, alpha);
   ahead.look(s, ring, tile);
   ahead.read(s);
   decode::round_probs<C, kTile>(probs, scores);
@@ -362,8 +383,8 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage<C>& s) {
     ring = ahead.k;
     const bool first = v_flags & kLast;
     if (first || ((flags | v_flags) & kScattered)) {
-      if (first) take_q<C>(s, q, item + 1);
-      see_scattered(flags | v_flags);
+      if (first) take_q<C>(p, s, q, item + 1);
+      see_scattered<C>(flags | v_flags);
     }
     ptx::wgmma_touch(scores);
     ptx::wgmma_touch(acc.o);
@@ -379,13 +400,14 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage<C>& s) {
       ptx::wgmma_wait<0>();
       ptx::wgmma_touch(acc.o);
       release<C>(s, ahead.v, signals);
-      finish_item<C>(p, s, s.items[item % kItems], acc, rows);
+      finish_item<C>(p, s, s.items[item % kItems], acc, rows, scales);
       ++item;
+      scales.take(p, s.items[item % kItems]);
       rows = load_rows<C>(p, s.items[item % kItems]);
       reset<C>(acc);
     }
-    mask_and_cap<C>(p, s.items[item % kItems], s.tiles[tile], flags, scores, rows);
-    const bool grew = decode::softmax_rows<C, kTile>(p, scores, acc, alpha);
+    mask_and_cap<C>(p, s.items[item % kItems], s.tiles[tile], flags, scores, rows, scales);
+    const bool grew = decode::softmax_rows<C, kTile>(scales.of(p), scores, acc, alpha);
     const Ring<C::kBuffers> v_ring = ahead.v;
     ahead.look(s, ring, tile);
     if (!first) {
@@ -400,13 +422,13 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage<C>& s) {
     ahead.read(s);
     decode::round_probs<C, kTile>(probs, scores);
   }
-  see_scattered(flags);
+  see_scattered<C>(flags);
   ptx::wgmma_touch(acc.o);
   ptx::wgmma_fence();
   decode::issue_pv<C, kTile>(acc.o, probs, ptx::smem_address(s.buffers[ahead.v.slot()]));
   ptx::wgmma_wait<0>();
   ptx::wgmma_touch(acc.o);
-  finish_item<C>(p, s, s.items[item % kItems], acc, rows);
+  finish_item<C>(p, s, s.items[item % kItems], acc, rows, scales);
 }
 
 }  // namespace flashcore::extend

@@ -69,8 +69,8 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant_
 
 }  // namespace
 
-void launch_gather(const Params& p, int head_dim, int ctas, cudaStream_t stream) {
-  launch_dependent(gather_kernel, dim3(2 * ctas), dim3(kThreads), 0, stream, p, head_dim / 8);
+void launch_gather(const Params& p, int head_units, int ctas, cudaStream_t stream) {
+  launch_dependent(gather_kernel, dim3(2 * ctas), dim3(kThreads), 0, stream, p, head_units);
 }
 
 }  // namespace flashcore::extend

@@ -16,18 +16,20 @@ template <class C>
 __device__ __forceinline__ void load_groups(const Params& p, const uint32_t* slots, uint32_t boxes, uint32_t dst,
                                             uint32_t full, const CUtensorMap* map, const void* pool, int kv_head,
                                             int loader, int lane) {
-  constexpr int kGroups = C::kTile / 8, kRowsPerStep = 32 / C::kChunks, kBatch = C::kChunks == 16 ? 4 : 2;
+  using Tile = typename C::Cached;
+  constexpr int kGroups = C::kTile / 8, kRowsPerStep = 32 / Tile::kChunks;
+  constexpr int kBatch = Tile::kChunks == 16 ? 4 : Tile::kChunks == 4 ? 1 : 2;
   const bool box = lane < kGroups && lane % kLoaders == loader && ((boxes >> lane) & 1);
   const int count = __popc(__ballot_sync(~0u, box));
   if (lane == 0) {
-    ptx::mbarrier_expect_tx(full, count * C::kGroupBytes);
+    ptx::mbarrier_expect_tx(full, count * Tile::kGroupBytes);
     ptx::mbarrier_arrive(full);
   }
   __syncwarp();
   if (box)
-    ptx::tma_load_5d(dst + lane * C::kGroupBytes, map, full, kKeepInL2, 0, static_cast<int>(slots[lane * 8]), 0, 0,
+    ptx::tma_load_5d(dst + lane * Tile::kGroupBytes, map, full, kKeepInL2, 0, static_cast<int>(slots[lane * 8]), 0, 0,
                      kv_head);
-  const int sub = lane / C::kChunks, chunk = lane % C::kChunks;
+  const int sub = lane / Tile::kChunks, chunk = lane % Tile::kChunks;
   const int4* src = static_cast<const int4*>(pool) + static_cast<size_t>(kv_head) * p.kv_head_units + chunk;
 #pragma unroll 1
   for (int g = loader; g < kGroups; g += kLoaders) {
@@ -45,7 +47,7 @@ __device__ __forceinline__ void load_groups(const Params& p, const uint32_t* slo
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i)
-        ptx::cp_async_16(dst + g * C::kGroupBytes + tile_offset<C>(r + i * kRowsPerStep + sub, chunk), from[i],
+        ptx::cp_async_16(dst + g * Tile::kGroupBytes + tile_offset<Tile>(r + i * kRowsPerStep + sub, chunk), from[i],
                          at[i] == kNoToken ? 0 : 16);
     }
   }
@@ -58,7 +60,7 @@ __device__ __forceinline__ void load_q(const Params& p, SharedStorage<C>& s, con
   constexpr int kRowsPerStep = 32 / C::kChunks;
   const uint32_t full = ptx::smem_address(&s.q_full), base = ptx::smem_address(s.q[0]);
   const int sub = lane / C::kChunks, chunk = lane % C::kChunks;
-  const typename C::T* q = static_cast<const typename C::T*>(p.q) + item.kv_head * p.ratio * C::kHeadDim + chunk * 8;
+  const uint16_t* q = static_cast<const uint16_t*>(p.q) + item.kv_head * p.ratio * C::kHeadDim + chunk * 8;
   const int q_rows = item.q_rows, q_row = item.q_row;
 #pragma unroll 1
   for (int first = loader * 32; first < q_rows; first += kLoaders * 32) {
@@ -77,8 +79,20 @@ __device__ __forceinline__ void load_q(const Params& p, SharedStorage<C>& s, con
 template <class C>
 __device__ __forceinline__ void load(const Params& p, const TensorMaps& maps, SharedStorage<C>& s, int loader,
                                      int lane) {
+  // Where the tiles go: to the converter, or to the consumers.
+  constexpr int kBuffers = C::kConverts ? C::kCachedBuffers : C::kBuffers;
+  uint32_t buffers, all_full, all_empty;
+  if constexpr (C::kConverts) {
+    buffers = ptx::smem_address(s.cached.buffers[0]);
+    all_full = ptx::smem_address(s.cached_barriers.full);
+    all_empty = ptx::smem_address(s.cached_barriers.empty);
+  } else {
+    buffers = ptx::smem_address(s.buffers[0]);
+    all_full = ptx::smem_address(s.full);
+    all_empty = ptx::smem_address(s.empty);
+  }
   Ring<kPlanned> planned;
-  Ring<C::kBuffers> ring;
+  Ring<kBuffers> ring;
   uint32_t q_phase = 0;
   while (true) {
     ptx::mbarrier_wait(ptx::smem_address(&s.planned[planned.slot()]), planned.phase());
@@ -88,8 +102,8 @@ __device__ __forceinline__ void load(const Params& p, const TensorMaps& maps, Sh
     const int kv_head = item.kv_head;
 #pragma unroll 1
     for (int kv = 0; kv < 2; ++kv) {  // one copy of the code: registers are short here
-      const uint32_t full = ptx::smem_address(&s.full[ring.slot()]), dst = ptx::smem_address(s.buffers[ring.slot()]);
-      ptx::mbarrier_wait(ptx::smem_address(&s.empty[ring.slot()]), ring.phase() ^ 1);
+      const uint32_t full = all_full + ring.slot() * 8, dst = buffers + ring.slot() * C::Cached::kBufferBytes;
+      ptx::mbarrier_wait(all_empty + ring.slot() * 8, ring.phase() ^ 1);
       if (flags & kEnd) {  // wakes the consumers
         if (lane == 0) ptx::mbarrier_arrive(full, 33);
         return;
@@ -98,7 +112,7 @@ __device__ __forceinline__ void load(const Params& p, const TensorMaps& maps, Sh
       if (tile.first >= 0) {
         if (lane == 0) {
           if (loader == kv) {
-            ptx::mbarrier_expect_tx(full, C::kBufferBytes);
+            ptx::mbarrier_expect_tx(full, C::Cached::kBufferBytes);
             ptx::tma_load_5d(dst, map + (flags & kGathered ? 2 : 1), full, kKeepInL2, 0, tile.first, 0, 0, kv_head);
           }
           ptx::mbarrier_arrive(full, 33);

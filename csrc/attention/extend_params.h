@@ -20,7 +20,8 @@ constexpr int kMaxGatherSlots = 1 << 20;  // times kMaxGathers: no sum of wishes
 constexpr int kMaxWarpgroups = 3;
 
 // q_rows of a tile, 64 for each consumer warpgroup: d 64 has registers for three, whose softmax hides one another's.
-constexpr int tile_rows(int64_t head_dim) { return head_dim == 64 ? 192 : 128; }
+// A converter takes the threads of one of them.
+constexpr int tile_rows(int64_t head_dim, bool e4m3) { return head_dim == 64 && !e4m3 ? 192 : 128; }
 // KV tokens of a tile.
 constexpr int tile_tokens(int64_t head_dim) { return head_dim == 256 ? 64 : head_dim == 128 ? 128 : 96; }
 
@@ -79,10 +80,10 @@ struct WorkspaceLayout {
 
 // `max_tokens`: query tokens. `partial_capacity`: chunks of split tiles, each tile_rows x D fp32.
 inline WorkspaceLayout workspace_layout(int64_t max_rows, int64_t max_tokens, int heads, int kv_heads, int head_dim,
-                                        int partial_capacity) {
+                                        bool e4m3, int partial_capacity) {
   WorkspaceLayout w{};
   const int64_t ratio = heads / kv_heads;
-  const int64_t rows = tile_rows(head_dim), tiles = (max_tokens * ratio + rows - 1) / rows + max_rows;
+  const int64_t rows = tile_rows(head_dim, e4m3), tiles = (max_tokens * ratio + rows - 1) / rows + max_rows;
   w.tile_capacity = static_cast<int>(tiles);
   w.item_capacity = static_cast<int>(tiles * kv_heads + partial_capacity);
   w.piece_capacity = static_cast<int>(4 * max_rows + 4 * (max_tokens * ratio / rows));
@@ -179,12 +180,14 @@ struct Params {
   int heads, kv_heads, ratio, page_shift, num_slots, table_entries;
   bool windowed;
   float scale_log2, logit_cap, cap_scale_log2;  // as in DecodeParams
+  CacheScales cache;
 };
 
 void launch_schedule(const ScheduleParams&, cudaStream_t);
-void launch_gather(const Params&, int head_dim, int ctas, cudaStream_t);
-// One instantiation per file: extend_<dtype>_d<D>.cu
-template <typename T, int kHeadDim>
+// `head_units`: 16-byte units of a KV head's row.
+void launch_gather(const Params&, int head_units, int ctas, cudaStream_t);
+// One instantiation per file: extend_<dtype of the cache>_d<D>.cu
+template <typename Cache, int kHeadDim>
 void launch(const Params&, int ctas, cudaStream_t);
 
 }  // namespace flashcore::extend

@@ -10,25 +10,34 @@ using decode::Ring;
 using decode::tile_offset;
 
 // kGeneral: with logit cap, sliding window or custom mask, whose code the loop else does without.
-template <typename Element, int kHeadDim_, bool kGeneral_>
+// Cache: the elements of the KV cache. E4m3 is converted (converter.cuh) to fp16, the type of the products.
+template <typename Cache, int kHeadDim_, bool kGeneral_>
 struct Traits {
-  using T = Element;
+  static constexpr bool kConverts = std::is_same_v<Cache, E4m3>;
+  using T = std::conditional_t<kConverts, __half, Cache>;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kGeneral = kGeneral_;
-  static constexpr int kRows = tile_rows(kHeadDim), kWarpgroups = kRows / 64;  // consumers
-  static constexpr int kThreads = 128 + 128 * kWarpgroups;
+  static constexpr int kRows = tile_rows(kHeadDim, kConverts), kWarpgroups = kRows / 64;  // consumers
+  static constexpr int kThreads = 128 + 128 * kWarpgroups + (kConverts ? 128 : 0);
   static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : 40;
-  static constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : 232;
+  static constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : kConverts ? 224 : 232;
+  static constexpr int kConverterRegisters = kConverts ? 24 : 0;
   // setmaxnreg moves registers inside what the CTA was launched with; asking for more waits forever.
   static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
-  static_assert(128 * kProducerRegisters + 128 * kWarpgroups * kConsumerRegisters <= kLaunchRegisters * kThreads);
+  static_assert(128 * (kProducerRegisters + kConverterRegisters + kWarpgroups * kConsumerRegisters) <=
+                kLaunchRegisters * kThreads);
   static constexpr int kTile = tile_tokens(kHeadDim);  // tokens of a buffer
-  static constexpr int kBuffers = kHeadDim == 256 ? 5 : kHeadDim == 128 ? 6 : 16;
+  // K, V, K, V, ...; with a converter there are as many tiles in what comes before it, at half the bytes a token.
+  static constexpr int kBuffers = kConverts ? (kHeadDim == 64 ? 8 : 4) : kHeadDim == 256 ? 5 : kHeadDim == 128 ? 6 : 16;
+  static constexpr int kCachedBuffers = kConverts ? (kHeadDim == 256 ? 2 : kBuffers) : 0;
+  static constexpr int kPvColumns = kConverts && kHeadDim == 256 ? 128 : kHeadDim;  // as in decode's traits
   static constexpr bool kQInRegisters = kHeadDim <= 128;  // d 256 has no registers left for it
   static constexpr int kRowBytes = kHeadDim * 2;
   static constexpr int kGroupBytes = 8 * kRowBytes;  // 8 tokens (or q_rows)
   static constexpr int kBufferBytes = kTile * kRowBytes;
-  static constexpr int kChunks = kRowBytes / 16;  // 16-byte chunks of a row
+  static constexpr int kChunks = kRowBytes / 16;                              // 16-byte chunks of a row
+  static constexpr int kQBytes = 64 * kRowBytes;                              // of one warpgroup
+  using Cached = decode::TileShape<kTile, kConverts ? kHeadDim : kRowBytes>;  // what the loaders bring
 };
 
 constexpr int kLoaders = 3;  // warps
@@ -52,21 +61,34 @@ constexpr uint32_t kFirst = 1, kMasked = 1, kLast = 2, kEnd = 4, kScattered = 8,
 // can be a round of a ring behind the others.
 constexpr int kPlanned = 2;
 constexpr uint32_t kNoToken = ~0u;
-// No barrier guards these two rings: the planner is at most kPlanned tiles ahead of the loaders, they at most
-// kBuffers / 2 ahead of the consumers, and every item has a tile.
+// No barrier guards these two rings: the planner is at most kPlanned tiles ahead of the loaders, they at most half of
+// all buffers ahead of the consumers, and every item has a tile.
 constexpr int kTiles = 16, kItems = 16;
+
+// K and V as the loaders bring them, where a converter stands between them and the consumers.
+template <class C>
+struct CachedTiles {
+  alignas(1024) char buffers[C::kCachedBuffers][C::Cached::kBufferBytes];
+};
+template <class C>
+struct CachedBarriers {
+  uint64_t full[C::kCachedBuffers], empty[C::kCachedBuffers];
+};
 
 template <class C>
 struct SharedStorage {
-  static_assert(kPlanned + C::kBuffers / 2 + 2 < kTiles && kPlanned + C::kBuffers / 2 + 2 < kItems);
+  static constexpr int kAhead = kPlanned + (C::kBuffers + C::kCachedBuffers) / 2 + 2;
+  static_assert(kAhead < kTiles && kAhead < kItems);
   alignas(1024) char buffers[C::kBuffers][C::kBufferBytes];
-  alignas(1024) char q[C::kWarpgroups][64 * C::kRowBytes];
+  [[no_unique_address]] std::conditional_t<C::kConverts, CachedTiles<C>, decode::None> cached;
+  alignas(1024) char q[C::kWarpgroups][C::kQBytes];
   uint32_t slots[kPlanned][C::kTile];  // of tokens in boxes; of others where they lie in the pool, in 16 bytes
   Item items[kItems];
   Load loads[kPlanned];
   Tile tiles[kTiles];
   int total, last_arriver[C::kWarpgroups];
   alignas(8) uint64_t full[C::kBuffers], empty[C::kBuffers], q_full, q_empty, planned[kPlanned], loaded[kPlanned];
+  [[no_unique_address]] std::conditional_t<C::kConverts, CachedBarriers<C>, decode::None> cached_barriers;
 };
 
 struct TensorMaps {

@@ -153,4 +153,46 @@ __device__ __forceinline__ void load_q_fragments(uint32_t (&q)[C::kHeadDim / 16]
     ptx::ldmatrix_x4(q[step], q_smem + tile_offset<C>(row, step * 2 + (lane >> 4)));
 }
 
+// q of a warpgroup from bf16 to fp16: in registers, or in place in shared memory (`barrier`: one of its own).
+template <class C>
+__device__ __forceinline__ void convert_q(uint32_t (&q)[C::kHeadDim / 16][4]) {
+#pragma unroll
+  for (int i = 0; i < C::kHeadDim / 4; ++i) q[i / 4][i % 4] = ptx::bf16x2_to_fp16x2(q[i / 4][i % 4]);
+}
+template <class C>
+__device__ __forceinline__ void convert_q(uint32_t q_smem, int barrier) {
+#pragma unroll 4
+  for (int at = ptx::thread_id() % 128 * 16; at < C::kQBytes; at += 128 * 16) {
+    uint4 x = ptx::load_shared_16(q_smem + at);
+    x.x = ptx::bf16x2_to_fp16x2(x.x);
+    x.y = ptx::bf16x2_to_fp16x2(x.y);
+    x.z = ptx::bf16x2_to_fp16x2(x.z);
+    x.w = ptx::bf16x2_to_fp16x2(x.w);
+    ptx::store_shared_16(q_smem + at, x);
+  }
+  ptx::fence_proxy_async();
+  asm volatile("barrier.cta.sync %0, 128;" ::"r"(barrier) : "memory");
+}
+
+// What scores are multiplied with: the launch's own numbers, or for an e4m3 cache with the scale of its K.
+struct ScoreScales {
+  float scale_log2, logit_cap, cap_scale_log2;
+};
+template <class C, class Params>
+__device__ __forceinline__ decltype(auto) score_scales(const Params& p, float k_scale) {
+  if constexpr (C::kConverts) {
+    return ScoreScales{p.logit_cap > 0.f ? p.scale_log2 : p.scale_log2 * k_scale, p.logit_cap,
+                       p.cap_scale_log2 * k_scale};
+  } else {
+    return (p);
+  }
+}
+
+// Two results in the dtype of out, which differs from the products' where the cache is e4m3.
+template <class C, class Params>
+__device__ __forceinline__ uint32_t round_out(const Params& p, float x, float y) {
+  if (C::kConverts && p.cache.bf16) return pack(x, y, static_cast<__nv_bfloat16*>(nullptr));
+  return pack(x, y, static_cast<typename C::T*>(nullptr));
+}
+
 }  // namespace flashcore::decode

@@ -112,6 +112,7 @@ class Extend:
         gather: GatherModel | None = None,
         max_tokens: int | None = None,
         poison: bool = True,
+        kv_dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         self.poison = poison  # partial results and gathered K and V with NaN before each run
         self.b, self.visible, self.window_left = b, visible, window_left
@@ -129,8 +130,10 @@ class Extend:
             kv_heads=kv_heads,
             head_dim=head_dim,
             max_tokens=max_tokens or max(b.num_tokens, 1),
+            kv_dtype=kv_dtype,
             gather=gather,
         )
+        self.q_rows = 192 if head_dim == 64 and kv_dtype != torch.float8_e4m3fn else 128  # of a tile
         self.seq_lens, self.q_lens = b.seq_lens.cuda(), b.q_lens.cuda()
         self.kernels.snapshot(b.table.cuda(), b.indices.cuda(), self.seq_lens)
 
@@ -146,8 +149,7 @@ class Extend:
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options) -> torch.Tensor:
         if self.poison:
-            q_rows, dim = 192 if q.shape[2] == 64 else 128, q.shape[2]
-            partials = PARTIAL_CAPACITY * q_rows * (dim + 1) * 4  # bytes, the last of the workspace
+            partials = PARTIAL_CAPACITY * self.q_rows * (q.shape[2] + 1) * 4  # bytes, the last of the workspace
             self.kernels._workspace[-partials:].fill_(0xFF)
             self.kernels._gathered.fill_(0xFF)
         return self.kernels.attend(q, k, v, torch.full_like(q, torch.nan), **options)

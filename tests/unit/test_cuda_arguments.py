@@ -19,11 +19,12 @@ INTS, BYTES = torch.zeros(64, dtype=torch.int32), torch.zeros(1 << 20, dtype=tor
 DECODE = {
     "q": Q, "k_cache": KV, "v_cache": KV, "page_indices": INTS, "workspace": BYTES, "out": Q.clone(),
     "segment_capacity": 4, "partial_capacity": 16, "page_size": 1, "scale": 0.1, "logit_cap": 0.0, "sinks": None,
+    "k_scale": None, "v_scale": None, "v_factor": 1.0,
 }  # fmt: skip
 EXTEND = {
     "q": Q, "k_cache": KV, "v_cache": KV, "table": INTS, "workspace": BYTES, "out": Q.clone(), "page_size": 1,
     "max_rows": 4, "max_tokens": 64, "partial_capacity": 16, "windowed": 0, "scale": 0.1, "logit_cap": 0.0,
-    "sinks": None, "custom_mask": None, "gathered": None,
+    "sinks": None, "k_scale": None, "v_scale": None, "v_factor": 1.0, "custom_mask": None, "gathered": None,
 }  # fmt: skip
 NOT_FITTING = [
     ({"q": Q.float()}, "q: want bfloat16 or float16, got 32-bit"),
@@ -44,7 +45,9 @@ def test_the_argument_is_named(name: str, arguments: dict[str, Any], change: dic
 
 
 DECODE_SIZES = {"batch": 4, "segment_capacity": 8, "heads": 32, "kv_heads": 8, "head_dim": 128, "partial_capacity": 64}
-EXTEND_SIZES = {"max_rows": 4, "max_tokens": 64, "heads": 32, "kv_heads": 8, "head_dim": 128, "partial_capacity": 16}
+EXTEND_SIZES = {
+    "max_rows": 4, "max_tokens": 64, "heads": 32, "kv_heads": 8, "head_dim": 128, "partial_capacity": 16, "e4m3": 0,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name, sizes", [("decode", DECODE_SIZES), ("extend", EXTEND_SIZES)])

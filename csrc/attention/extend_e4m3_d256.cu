@@ -1,0 +1,2 @@
+#include "attention/extend.cuh"
+template void flashcore::extend::launch<flashcore::E4m3, 256>(const Params&, int, cudaStream_t);
