@@ -21,11 +21,12 @@ from flashcore_sglang.config import cost_model
 from flashcore_sglang.cpu_attention import CpuAttention, CpuStep
 from flashcore_sglang.facts import facts_of
 from flashcore_sglang.gpu_attention import GpuAttention, GpuStep
+from flashcore_sglang.gpu_decode import Scale
 from flashcore_sglang.layout import describe_status
 from flashcore_sglang.metrics import SampleMetrics, metric_labels
 from flashcore_sglang.plugin import NAME
 from flashcore_sglang.recording import Recorder
-from flashcore_sglang.requirements import ServingFacts, batch_warning, refusals, version_warning
+from flashcore_sglang.requirements import E4M3, ServingFacts, batch_warning, refusals, version_warning
 from flashcore_sglang.statistics import (
     Consumer,
     CpuSampler,
@@ -44,9 +45,9 @@ SAMPLE_STEPS = 100
 class FlashCoreSparseBackend(AttentionBackend):
     """``--attention-backend flashcore_sparse``, and ``--decode-attention-backend`` beside another prefill backend.
 
-    Serves decoders with multi-head, grouped-query or multi-query attention, any head dim, KV in float32, bfloat16 or
-    float16, page sizes 1, 16, 32, 64 and 128, sliding windows, logit caps and sinks; chunked prefill, mixed batches,
-    and the verification of drafts. What it does not serve is refused here.
+    Serves decoders with multi-head, grouped-query or multi-query attention, any head dim, KV in float32, bfloat16,
+    float16 or float8_e4m3fn, page sizes 1, 16, 32, 64 and 128, sliding windows, logit caps and sinks; chunked prefill,
+    mixed batches, and the verification of drafts. What it does not serve is refused here.
 
     Raises:
         ValueError: one message with every reason not to serve and its remedy.
@@ -67,6 +68,7 @@ class FlashCoreSparseBackend(AttentionBackend):
         self.token_to_kv_pool = model_runner.token_to_kv_pool
         self.max_context_len = model_runner.model_config.context_len
         self.page_size = facts.page_size
+        self._scaled = facts.kv_cache_dtype == E4M3
         self.num_pages = self._pages_of(self.token_to_kv_pool.size)
         self.forward_metadata: CpuStep | GpuStep | None = None
         self._facts = facts
@@ -171,7 +173,10 @@ class FlashCoreSparseBackend(AttentionBackend):
         given = {name for name, value in kwargs.items() if value is not None and value is not False}
         if unknown := sorted(given - {"sinks"}):
             raise ValueError(f"{NAME}: want no argument but sinks from the model, got {', '.join(unknown)}")
+        k_scale, v_scale = self._scales(layer)
         if save_kv_cache and k is not None and v is not None:
+            # Divided here: the pool would divide the caller's own K and V.
+            k, v = _divided(k, k_scale), _divided(v, v_scale)
             self.token_to_kv_pool.set_kv_buffer(layer, self._write_loc(forward_batch), k, v)
         q = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         # Per layer, every time: HiCache waits for the layer's pages in these accessors.
@@ -186,6 +191,8 @@ class FlashCoreSparseBackend(AttentionBackend):
             "scale": layer.scaling,
             "logit_cap": layer.logit_cap or 0.0,
             "sinks": None if sinks is None else sinks.float(),
+            "k_scale": k_scale,
+            "v_scale": v_scale,
         }
         if isinstance(plan, GpuStep):
             plan.attend(layer.layer_id, q[:tokens], k_cache, v_cache, out[:tokens], **options)
@@ -221,6 +228,12 @@ class FlashCoreSparseBackend(AttentionBackend):
 
     def _pages_of(self, slots: int) -> int:
         return (slots + self.page_size) // self.page_size  # page 0 is SGLang's padding
+
+    def _scales(self, layer: Any) -> tuple[Scale, Scale]:
+        """Of K and V in this layer's cache. SGLang scales nothing but what it stores in a narrower type."""
+        if not self._scaled:
+            return None, None
+        return getattr(layer, "k_scale", None), getattr(layer, "v_scale", None)
 
     @functools.cached_property
     def _cpu(self) -> CpuAttention:
@@ -302,3 +315,12 @@ def _output(forward_batch: Any, q: torch.Tensor, layer: Any) -> torch.Tensor:
     if given is not None and given.dtype == q.dtype and given.numel() == math.prod(shape) and given.is_contiguous():
         return given.view(shape)
     return q.new_empty(shape)
+
+
+def _divided(x: torch.Tensor, scale: Scale) -> torch.Tensor:
+    """K or V of T tokens as it is stored: divided by its scale, a number, [1] or [G]."""
+    if scale is None:
+        return x
+    if isinstance(scale, torch.Tensor) and scale.numel() > 1:
+        x, scale = x.view(x.shape[0], scale.numel(), -1), scale.view(-1, 1).to(x.dtype)
+    return x / scale

@@ -177,7 +177,7 @@ class GpuAttention:
 
     def _make_kernels(self, kind: Kind) -> Kernels:
         reach, translated, heads, kv_heads, head_dim = kind
-        facts = self._facts
+        facts, kv_dtype = self._facts, getattr(torch, self._facts.kv_cache_dtype)
         window = None if reach.everything else self._window(reach, translated)
         decode = GpuDecode(
             page_size=facts.page_size,
@@ -187,6 +187,7 @@ class GpuAttention:
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
+            kv_dtype=kv_dtype,
             sharing=self._sharing,
             deterministic=facts.deterministic,
             pager=window or self._pager,
@@ -203,6 +204,7 @@ class GpuAttention:
                 kv_heads=kv_heads,
                 head_dim=head_dim,
                 max_tokens=max_tokens,
+                kv_dtype=kv_dtype,
                 deterministic=facts.deterministic,
                 device=self._device,
                 gather=gather,

@@ -189,14 +189,17 @@ def attend(
     scale: float,
     logit_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    k_scale: torch.Tensor | float | None = None,
+    v_scale: torch.Tensor | float | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of a step's queries over their paged KV cache; defined by ``reference.extend``.
 
     Args:
         q:       [T, H, D] float32, bfloat16 or float16, in the order of the plan.
-        k_cache: [slots, G, D], token-major; H is a multiple of G.
+        k_cache: [slots, G, D], token-major; H is a multiple of G. float8_e4m3fn too.
         v_cache: [slots, G, Dv].
+        k_scale, v_scale: what the cached values are to be multiplied with: a number, [1] or [G]; None: 1.
         plan:    from ``plan``, for these requests; the same for every layer.
         scale:   multiplies q.k before the softmax (usually ``D ** -0.5``).
         logit_cap: s <- cap * tanh(s / cap); 0 is none.
@@ -213,7 +216,7 @@ def attend(
         raise ValueError(f"q: want {plan.num_tokens} tokens, those of the plan, got {num_tokens}")
     acc = torch.zeros(num_tokens, heads, v_dim, dtype=torch.float32, device=q.device)
     lse = torch.full((num_tokens, heads), -torch.inf, device=q.device)
-    scaled = q.float() * scale
+    scaled = q.float() * scale * _of_heads(k_scale, heads)
     for read in plan.reads:
         slots = read.slots if isinstance(read.slots, slice) else read.slots.to(q.device)
         keys = k_cache[slots].float().permute(1, 2, 0)  # [G, D, L]
@@ -223,9 +226,17 @@ def attend(
         _attend_short(scaled, k_cache, v_cache, short, logit_cap, acc, lse)
     if sinks is not None:
         acc *= torch.sigmoid(lse - sinks.float())[..., None]
+    acc *= _of_heads(v_scale, heads)
     if out is None:
         return acc.to(q.dtype)
     return out.copy_(acc)
+
+
+def _of_heads(scale: torch.Tensor | float | None, heads: int) -> torch.Tensor | float:
+    """A scale of KV heads as a factor of [T, H, D]."""
+    if not isinstance(scale, torch.Tensor):
+        return 1.0 if scale is None else scale
+    return scale.float().flatten().repeat_interleave(heads // scale.numel() if scale.numel() > 1 else 1).view(-1, 1)
 
 
 def _attend_segment(

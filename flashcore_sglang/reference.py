@@ -68,6 +68,8 @@ def extend(
     scale: float,
     logit_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    k_scale: torch.Tensor | float = 1.0,
+    v_scale: torch.Tensor | float = 1.0,
     causal: bool = True,
     window_left: int = -1,
     chunk: int = 0,
@@ -77,6 +79,7 @@ def extend(
 
     Args:
         q: [sum(q_lens), H, D], request after request. k_cache, v_cache: [slots, G, D], token-major.
+        k_scale, v_scale: what the cached values are to be multiplied with: a number, [1] or [G].
         req_to_token, req_pool_indices, seq_lens: SGLang's tables on the CPU, see ``layout.build_layout_from_slots``.
         causal: False: every token sees all positions of its request.
         window_left: positions that a token sees before its own; -1: all.
@@ -100,8 +103,8 @@ def extend(
             mask_at += q_len * seq_len
         out, _ = attention(
             q[at : at + q_len],
-            k_cache[slots],
-            v_cache[slots],
+            _scaled(k_cache[slots], k_scale),
+            _scaled(v_cache[slots], v_scale),
             scale=scale,
             logit_cap=logit_cap,
             visible=visible.to(q.device),
@@ -110,6 +113,11 @@ def extend(
         outs.append(out)
         at += q_len
     return torch.cat(outs) if outs else q.new_zeros(0, q.shape[1], v_cache.shape[2], dtype=torch.float64)
+
+
+def _scaled(values: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
+    """[n, G, D] cached values as they are meant, float64."""
+    return values.double() * (scale.double().view(1, -1, 1) if isinstance(scale, torch.Tensor) else scale)
 
 
 def merge(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,6 +19,8 @@ CAUSAL = ("decoder", "decoder_bidirectional")
 without CUDA graphs and chunks, lets the tokens of an image see each other."""
 SPECULATIVE = ("EAGLE", "EAGLE3", "NEXTN", "STANDALONE", "NGRAM")
 """SGLang's ways of drafting whose drafts are verified here: as many for every request."""
+E4M3 = "float8_e4m3fn"
+"""What --kv-cache-dtype fp8_e4m3 stands for."""
 
 SGLANG_MIN, SGLANG_MAX = "0.5.16", "0.5.23"
 """The range of SGLang releases that the tests cover; the first is the main target."""
@@ -169,9 +171,15 @@ def _gpu_refusals(facts: ServingFacts) -> list[str | None]:
             else None
         ),
         (
-            f"kv_cache_dtype: want {facts.model_dtype}, the model's, got {facts.kv_cache_dtype}; start with "
-            "--kv-cache-dtype auto"
-            if facts.kv_cache_dtype != facts.model_dtype
+            f"kv_cache_dtype: want {facts.model_dtype}, the model's, or {E4M3}, got {facts.kv_cache_dtype}; start with "
+            "--kv-cache-dtype auto or fp8_e4m3"
+            if facts.kv_cache_dtype not in (facts.model_dtype, E4M3)
+            else None
+        ),
+        (
+            f"dtype: want bfloat16 or float16 on a GPU with a KV cache of {E4M3}, got {facts.model_dtype}; "
+            "start with --dtype bfloat16"
+            if facts.kv_cache_dtype == E4M3 and facts.model_dtype not in ("bfloat16", "float16")
             else None
         ),
         (
@@ -195,7 +203,7 @@ def _gpu_refusals(facts: ServingFacts) -> list[str | None]:
 
 
 def _pool_refusals(facts: ServingFacts) -> list[str | None]:
-    dtypes = ("float32", "bfloat16", "float16")
+    dtypes = ("float32", "bfloat16", "float16", E4M3)
     return [
         (
             f"page_size: want one of {', '.join(map(str, PAGE_SIZES))}, got {facts.page_size}; "
@@ -204,7 +212,8 @@ def _pool_refusals(facts: ServingFacts) -> list[str | None]:
             else None
         ),
         (
-            f"kv_cache_dtype: want {', '.join(dtypes)}, got {facts.kv_cache_dtype}; start with --kv-cache-dtype auto"
+            f"kv_cache_dtype: want {', '.join(dtypes)}, got {facts.kv_cache_dtype}; start with --kv-cache-dtype auto "
+            "or fp8_e4m3"
             if facts.kv_cache_dtype not in dtypes
             else None
         ),

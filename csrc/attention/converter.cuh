@@ -23,7 +23,7 @@ __device__ __forceinline__ void convert_tile(uint32_t from, uint32_t to) {
   const int warp = ptx::thread_id() / 32 % 4, lane = ptx::thread_id() % 32;
   from += tile_offset<Tile>(warp * kGroups * 8 + (lane & 7), lane / 8);
   to += tile_offset<C>(warp * kGroups * 8 + (lane & 7), lane / 8 * 2);
-#pragma unroll 1
+#pragma unroll 2
   for (int group = 0; group < kGroups; group += kGroupsAtOnce) {
 #pragma unroll
     for (int first = 0; first < kGroupsAtOnce * kParts; first += kAtOnce) {
@@ -67,9 +67,9 @@ __device__ __forceinline__ void convert_kv(SharedStorage<C>& s) {
     ptx::mbarrier_wait(ptx::smem_address((of & 1 ? v_barriers : k_barriers) + at), (of / 2 & buffers) == 0);
   };
   while (true) {
-    int left = 2 * tiles_of<C>(wait_item<C>(s, read));
+    int left = __shfl_sync(~0u, 2 * tiles_of<C>(wait_item<C>(s, read)), 0);
     if (left <= 0) return;
-    wait_before(n, s.k_full, s.v_full);
+    if (kKeys < kValues) wait_before(n, s.k_full, s.v_full);  // else implied: a tile's K is converted before its V
     wait_before(n + 1, s.k_full, s.v_full);
     // From here on a consumer may believe the parity of its first tiles' full barriers.
     if (ptx::thread_id() == kConverterThread) ptx::mbarrier_arrive(ptx::smem_address(&s.item_started[read.slot()]), 2);

@@ -104,16 +104,26 @@ __device__ __forceinline__ void load_scattered(const int4* pool, uint32_t dst, c
   constexpr int kChunks = Tile::kChunks, kRowsPerStep = 32 / kChunks;
   const int sub = lane / kChunks, chunk = lane % kChunks;
   const int4* src = pool + chunk;
+  // Several groups at a time where their rows are short, as an e4m3 cache's are: four copies at least.
+  constexpr int kGroupsAtOnce = C::kConverts ? kRowsPerStep / 2 : 1, kSteps = 8 / kRowsPerStep;
 #pragma unroll 1
   for (; groups != 0; groups &= groups - 1) {
-    const int g = __ffs(groups) - 1;
-    uint32_t at[8 / kRowsPerStep];  // all before the first copy: a copy is a fence to the compiler
+    int g[kGroupsAtOnce];
+    uint32_t at[kGroupsAtOnce][kSteps];  // all before the first copy: a copy is a fence to the compiler
 #pragma unroll
-    for (int i = 0; i < 8 / kRowsPerStep; ++i) at[i] = where[g * 8 + i * kRowsPerStep + sub];
+    for (int j = 0; j < kGroupsAtOnce; ++j) {
+      if (j > 0 && (groups & (groups - 1)) != 0) groups &= groups - 1;  // else the last one again, which does no harm
+      g[j] = __ffs(groups) - 1;
 #pragma unroll
-    for (int i = 0; i < 8 / kRowsPerStep; ++i) {
-      ptx::cp_async_16(dst + g * Tile::kGroupBytes + tile_offset<Tile>(i * kRowsPerStep + sub, chunk),
-                       src + (at[i] == kNoToken ? 0 : at[i]), at[i] == kNoToken ? 0 : 16);
+      for (int i = 0; i < kSteps; ++i) at[j][i] = where[g[j] * 8 + i * kRowsPerStep + sub];
+    }
+#pragma unroll
+    for (int j = 0; j < kGroupsAtOnce; ++j) {
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) {
+        ptx::cp_async_16(dst + g[j] * Tile::kGroupBytes + tile_offset<Tile>(i * kRowsPerStep + sub, chunk),
+                         src + (at[j][i] == kNoToken ? 0 : at[j][i]), at[j][i] == kNoToken ? 0 : 16);
+      }
     }
   }
 }

@@ -25,10 +25,10 @@ struct Traits {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kTile = kHeadDim == 256 ? 64 : 128;  // tokens of a buffer
   // What the products read. With a converter most of the depth is in what comes before it, at half the bytes a token.
-  static constexpr int kKBuffers = kConverts ? (kHeadDim == 64 ? 2 : 1) : kHeadDim == 64 ? 6 : 3;
-  static constexpr int kVBuffers = kConverts ? 2 * kKBuffers : kHeadDim == 256 ? 2 : kKBuffers;
-  static constexpr int kCachedBuffers = kHeadDim == 64 ? 6 : kHeadDim == 128 ? 3 : 2;  // each of K and V
-  static constexpr bool kQInRegisters = kHeadDim <= 128;  // d 256 has no registers left for it
+  static constexpr int kKBuffers = kConverts ? 256 / kHeadDim : kHeadDim == 64 ? 6 : 3;
+  static constexpr int kVBuffers = kHeadDim == 256 ? 2 : kKBuffers;
+  static constexpr int kCachedBuffers = kHeadDim == 64 ? 4 : 2;  // each of K and V
+  static constexpr bool kQInRegisters = kHeadDim <= 128;         // d 256 has no registers left for it
   static constexpr int kRowBytes = kHeadDim * 2;
   static constexpr int kGroupBytes = 8 * kRowBytes;  // 8 tokens (or q_rows)
   static constexpr int kBufferBytes = kTile * kRowBytes;

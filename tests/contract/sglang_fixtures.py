@@ -19,13 +19,20 @@ SCALE = DIM**-0.5
 
 
 def make_runner(
-    *, slots: int = 256, max_requests: int = 16, context: int = 128, page_size: int = 1, layers: int = 1, **changes
+    *,
+    slots: int = 256,
+    max_requests: int = 16,
+    context: int = 128,
+    page_size: int = 1,
+    layers: int = 1,
+    pool_dtype=torch.float32,
+    **changes,
 ):
     """What our backend reads of a ModelRunner, with real pools on the CPU; ``changes`` override attributes."""
     pool = MHATokenToKVPool(
         size=slots,
         page_size=page_size,
-        dtype=torch.float32,
+        dtype=pool_dtype,
         head_num=KV_HEADS,
         head_dim=DIM,
         layer_num=layers,

@@ -36,7 +36,7 @@ def tensors(scheduler: MiniScheduler, tokens: int):
     )
 
 
-def wanted(scheduler: MiniScheduler, batch, q: torch.Tensor) -> torch.Tensor:
+def wanted(scheduler: MiniScheduler, batch, q: torch.Tensor, **scales) -> torch.Tensor:
     pool = scheduler.pool
     return reference.extend(
         q.view(-1, HEADS, DIM),
@@ -48,6 +48,7 @@ def wanted(scheduler: MiniScheduler, batch, q: torch.Tensor) -> torch.Tensor:
         batch.extend_seq_lens,
         page_size=1,
         scale=SCALE,
+        **scales,
     ).view(len(q), -1)
 
 
@@ -129,6 +130,50 @@ def test_kv_that_the_model_wrote_is_not_written_again(scheduler):
     first = backend.forward_extend(q, k, v, layer, batch)
     torch.testing.assert_close(backend.forward_extend(q, 2 * k, 2 * v, layer, batch, save_kv_cache=False), first)
     torch.testing.assert_close(backend.forward_extend(q, None, None, layer, batch), first)
+
+
+def e4m3_scheduler() -> MiniScheduler:
+    dtype = torch.float8_e4m3fn
+    runner = make_runner(slots=2048, context=512, pool_dtype=dtype, kv_cache_dtype=dtype)
+    return MiniScheduler(runner, torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "k_scale, v_scale",
+    [
+        (None, None),
+        (0.5, 2.0),
+        (torch.nn.Parameter(torch.tensor(0.5), requires_grad=False), torch.tensor(2.0)),
+        (torch.tensor([0.5, 0.25]), torch.tensor([1.0, 2.0])),
+    ],
+)
+def test_an_e4m3_cache_is_written_and_read_with_the_layers_scales(k_scale, v_scale):
+    scheduler = e4m3_scheduler()
+    backend, layer = FlashCoreSparseBackend(scheduler.runner), scheduler.runner.model[0]
+    layer.k_scale, layer.v_scale = k_scale, v_scale
+    row = scheduler.add(list(range(40)))[0]
+    scales = {name: 1.0 if x is None else x for name, x in (("k_scale", k_scale), ("v_scale", v_scale))}
+    for tokens in (40, 1):
+        if tokens == 1:
+            scheduler.append(row, 7)
+        batch = scheduler.batch([row], [tokens] if tokens > 1 else None)
+        q, k, v = tensors(scheduler, tokens)
+        before = k.clone(), v.clone()
+        backend.init_forward_metadata(batch)
+        got = (backend.forward_extend if tokens > 1 else backend.forward_decode)(q, k, v, layer, batch)
+        assert torch.equal(k, before[0]) and torch.equal(v, before[1])  # the pool itself would divide them in place
+        close(got, wanted(scheduler, batch, q, **scales))
+        stored = reference._scaled(scheduler.pool.get_key_buffer(0)[batch.out_cache_loc], scales["k_scale"])
+        torch.testing.assert_close(stored, k.double(), rtol=2**-4, atol=2**-9)
+
+
+def test_scales_of_a_cache_in_the_models_dtype_are_not_applied(scheduler):
+    backend, layer = FlashCoreSparseBackend(scheduler.runner), scheduler.runner.model[0]
+    layer.k_scale, layer.v_scale = torch.tensor(0.5), torch.tensor(2.0)
+    batch = scheduler.batch([scheduler.add(list(range(20)))[0]], [20])
+    q, k, v = tensors(scheduler, 20)
+    backend.init_forward_metadata(batch)
+    close(backend.forward_extend(q, k, v, layer, batch), wanted(scheduler, batch, q))
 
 
 def test_argument_that_is_not_served_is_refused(scheduler):

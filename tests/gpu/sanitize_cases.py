@@ -44,6 +44,11 @@ class Case:
     order: str = "runs"
     logit_cap: float = 0.0
     sinks: bool = False
+    e4m3: bool = False  # the cache; with scales in device memory
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        return torch.float8_e4m3fn if self.e4m3 else self.dtype
 
 
 @dataclass
@@ -62,6 +67,9 @@ DECODE = (
     DecodeCase("split", SPLIT, order="fragmented"),
     DecodeCase("tree in a graph", TREE, graph=True),
     DecodeCase("many items", MANY, order="interleaved"),
+    DecodeCase("many items, e4m3", MANY, order="interleaved", e4m3=True),
+    DecodeCase("wide d64 fp16, e4m3", WIDE, 64, torch.float16, order="permuted", e4m3=True),
+    DecodeCase("split d256, e4m3, cap and sinks", SPLIT, 256, e4m3=True, logit_cap=20.0, sinks=True),
 )
 
 
@@ -79,7 +87,16 @@ EXTEND = (
     ExtendCase("window and cap", [(0, [(100, 200)])], order="interleaved", logit_cap=20.0, window_left=20),
     ExtendCase("trees of drafts", [(128, [(0, 7), (30, 9)])], tree=True),
     ExtendCase("gathered first", [(300, [(0, 8)] * 3), (0, [(0, 270)])], order="permuted", gather=True),
+    ExtendCase("e4m3", [(256, [(0, 8)] * 9), (0, [(0, 300)])], order="permuted", e4m3=True),
+    ExtendCase("e4m3 d256, gathered", [(300, [(0, 90)])], 256, order="permuted", gather=True, e4m3=True),
+    ExtendCase("e4m3 d64, cap", [(0, [(700, 200)])], 64, page_size=16, logit_cap=20.0, e4m3=True),
 )
+
+
+def scales_of(case: Case, kv_heads: int) -> dict[str, torch.Tensor]:
+    if not case.e4m3:
+        return {}
+    return {"k_scale": torch.tensor(0.5).cuda(), "v_scale": (torch.rand(kv_heads) + 0.5).cuda()}
 
 
 def run_decode(case: DecodeCase) -> None:
@@ -87,18 +104,19 @@ def run_decode(case: DecodeCase) -> None:
     f = forest(case.requests, case.page_size, case.order, case.lens)
     decode = GpuDecode(
         page_size=case.page_size, num_pages=f.num_pages, max_rows=f.batch, max_tokens=f.table.shape[1],
-        heads=heads, kv_heads=kv_heads, head_dim=case.head_dim,
+        heads=heads, kv_heads=kv_heads, head_dim=case.head_dim, kv_dtype=case.kv_dtype,
     )  # fmt: skip
     decode._workspace = torch.empty_like(decode._workspace)
     q = torch.randn(f.batch, heads, case.head_dim).to(case.dtype).cuda()
-    k, v = (torch.randn(f.num_slots, kv_heads, case.head_dim).to(case.dtype).cuda() for _ in range(2))
+    k, v = (torch.randn(f.num_slots, kv_heads, case.head_dim).to(case.kv_dtype).cuda() for _ in range(2))
     out = torch.full((f.batch, heads, case.head_dim), torch.nan, dtype=case.dtype).cuda()
     sinks = torch.randn(heads).cuda() if case.sinks else None
+    scales = scales_of(case, kv_heads)
     tables = f.table.cuda(), torch.arange(1, f.batch + 1).cuda(), f.seq_lens.cuda()
 
     def step() -> None:
         decode.plan()
-        decode.attend(q, k, v, out, scale=0.1, logit_cap=case.logit_cap, sinks=sinks)
+        decode.attend(q, k, v, out, scale=0.1, logit_cap=case.logit_cap, sinks=sinks, **scales)
 
     decode.snapshot(*tables)
     if case.graph:
@@ -119,14 +137,16 @@ def run_extend(case: ExtendCase) -> None:
     visible = Visible.MASKED if case.tree else Visible.CAUSAL
     gather = GatherModel(mebibytes=2, max_page_size=32, rows_scattered=1, rows_boxed=1) if case.gather else None
     extend = Extend(
-        b, heads, kv_heads, case.head_dim, visible=visible, window_left=case.window_left, gather=gather, poison=False
+        b, heads, kv_heads, case.head_dim, visible=visible, window_left=case.window_left, gather=gather, poison=False,
+        kv_dtype=case.kv_dtype,
     )  # fmt: skip
     q = torch.randn(b.num_tokens, heads, case.head_dim).to(case.dtype).cuda()
-    k, v = (torch.randn(b.num_slots, kv_heads, case.head_dim).to(case.dtype).cuda() for _ in range(2))
+    k, v = (torch.randn(b.num_slots, kv_heads, case.head_dim).to(case.kv_dtype).cuda() for _ in range(2))
     options = {
         "logit_cap": case.logit_cap,
         "sinks": torch.randn(heads).cuda() if case.sinks else None,
         "custom_mask": tree_mask(b).cuda() if case.tree else None,
+        **scales_of(case, kv_heads),
     }
     extend.plan()
     for _ in range(2):  # the second finds the counters as the first leaves them

@@ -335,6 +335,24 @@ def test_attend_in_small_tiles_equals_one_tile(scores: int, monkeypatch: pytest.
     torch.testing.assert_close(case.attend(), want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("q_lens", [None, MIXED])
+@pytest.mark.parametrize(
+    "k_scale, v_scale",
+    [(None, None), (0.5, 2.0), (torch.tensor(0.3), torch.tensor([1.7])), (torch.tensor([0.3, 0.6]), torch.ones(2) / 3)],
+)
+def test_attend_on_an_e4m3_cache_equals_reference_on_its_values(q_lens, k_scale, v_scale) -> None:
+    case = make(forest(), q_lens)
+    case = replace(case, k=case.k.to(torch.float8_e4m3fn), v=case.v.to(torch.float8_e4m3fn), logit_cap=5.0)
+    indices, lens, counts = case.vectors
+    plan, options = ops.plan(case.layout(), lens, counts), {"scale": case.scale, "logit_cap": 5.0}
+    got = ops.attend(case.q, case.k, case.v, plan, k_scale=k_scale, v_scale=v_scale, **options)
+    scales = {name: 1.0 if x is None else x for name, x in (("k_scale", k_scale), ("v_scale", v_scale))}
+    want = reference.extend(
+        case.q, case.k, case.v, case.table, indices, lens, counts, page_size=case.batch.page_size, **scales, **options
+    )
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
 def test_plan_serves_several_layers() -> None:
     """The plan holds no trace of the tensors it was used with."""
     a, b = make(forest(), MIXED, seed=1), make(forest(), MIXED, seed=2, heads=6, groups=3, dim=16)

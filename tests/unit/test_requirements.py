@@ -49,7 +49,7 @@ def test_supported_configuration_is_not_refused(page_size, dtype):
         ({"layers": layer(num_kv_heads=3)}, "want query heads a multiple of KV heads, got 8 on 3 in layer 1"),
         ({"layers": layer(has_temperature=True)}, "model: want a constant softmax scale"),
         ({"page_size": 48}, "page_size: want one of 1, 16, 32, 64, 128, got 48; start with --page-size 64"),
-        ({"kv_cache_dtype": "float8_e4m3fn"}, "got float8_e4m3fn; start with --kv-cache-dtype auto"),
+        ({"kv_cache_dtype": "float8_e5m2"}, "got float8_e5m2; start with --kv-cache-dtype auto or fp8_e4m3"),
         ({"head_major_pool": True}, "KV pool: want token-major K and V, got head-major; unset SGLANG_USE_HND_KVCACHE"),
         (
             {"pool_type": "PageMajorMHATokenToKVPool"},
@@ -92,7 +92,14 @@ GPU = replace(GOOD, device="cuda", capability="9.0", kv_cache_dtype="bfloat16", 
             {"kv_cache_dtype": "float32", "model_dtype": "float32"},
             "kv_cache_dtype: want bfloat16 or float16 on a GPU, got float32",
         ),
-        ({"model_dtype": "float16"}, "kv_cache_dtype: want float16, the model's, got bfloat16"),
+        (
+            {"model_dtype": "float16"},
+            "kv_cache_dtype: want float16, the model's, or float8_e4m3fn, got bfloat16; start with",
+        ),
+        (
+            {"kv_cache_dtype": "float8_e4m3fn", "model_dtype": "float32"},
+            "dtype: want bfloat16 or float16 on a GPU with a KV cache of float8_e4m3fn, got float32",
+        ),
         ({"layers": (LayerFacts(0, 8, 8, 96, 96),)}, "want head dim 64, 128, 256, the same for K and V, got [96]"),
         (
             {"layers": (LayerFacts(0, 8, 8, 128, 64),)},
@@ -111,6 +118,7 @@ GPU = replace(GOOD, device="cuda", capability="9.0", kv_cache_dtype="bfloat16", 
 )
 def test_gpu_refusal_names_rule_value_and_remedy(changes, message):
     assert refusals(GPU) == []
+    assert refusals(replace(GPU, kv_cache_dtype="float8_e4m3fn")) == []
     [reason] = refusals(replace(GPU, **changes))
     assert message in reason
 
