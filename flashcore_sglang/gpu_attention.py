@@ -169,8 +169,8 @@ class GpuAttention:
             kernel.use(kernels.window.num_rows if kernels.window else step.num_rows)
         return GpuStep(self, step, mask)
 
-    def kernels(self) -> list[Kernels]:
-        return list(self._kernels.values())
+    def kernels(self) -> dict[Kind, Kernels]:
+        return self._kernels
 
     def of_layer(self, layer_id: int) -> Kernels:
         return self._of_layer[layer_id]
@@ -230,6 +230,12 @@ class GpuAttention:
         return self._windows[key]
 
 
+def _visible(reach: Reach, mask: torch.Tensor | None) -> Visible:
+    if reach.ahead:
+        return Visible.ALL
+    return Visible.CAUSAL if mask is None else Visible.MASKED
+
+
 class GpuStep:
     """A step whose tables are copied."""
 
@@ -240,7 +246,7 @@ class GpuStep:
     def plan(self) -> None:
         """Segments and work lists, for all layers. Capturable."""
         step = self._step
-        for kernels in self._attention.kernels():
+        for (reach, *_), kernels in self._attention.kernels().items():
             kernel, window = kernels.of(step), kernels.window
             if isinstance(kernel, GpuExtend):
                 assert step.q_lens is not None
@@ -248,8 +254,8 @@ class GpuStep:
                     window.lens if window else step.seq_lens,
                     window.q_lens if window else step.q_lens,
                     step.num_tokens,
-                    visible=Visible.CAUSAL if self._mask is None else Visible.MASKED,
-                    window_left=window.reach.left if window else -1,
+                    visible=_visible(reach, self._mask),
+                    window_left=reach.left,
                 )
             elif kernel:
                 kernel.plan()
