@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from flashcore_sglang.config import GatherModel
 from flashcore_sglang.device_pager import MAX_ROWS, DevicePager
 from flashcore_sglang.device_window import DeviceWindow
 from flashcore_sglang.gpu_decode import GpuDecode
@@ -21,7 +20,6 @@ from flashcore_sglang.reach import Reach
 from flashcore_sglang.requirements import LayerFacts, ServingFacts
 from flashcore_sglang.step import Step
 
-_NO_GATHER = GatherModel(mebibytes=0, max_page_size=0, rows_scattered=1, rows_boxed=1)
 Kind = tuple[Reach, bool, int, int, int]
 
 
@@ -83,6 +81,7 @@ class GpuAttention:
         self._max_extend, self._drafts = max_extend, facts.draft_tokens
         self._windows: dict[tuple[Reach, bool], DeviceWindow] = {}
         self._pager: DevicePager | None = None
+        self._gathered: dict[tuple[int, int], torch.Tensor] = {}
         # Layers that read everything come first: theirs is the pager that statistics look at.
         self._kernels = {kind: self._make_kernels(kind) for kind in sorted({kind_of(x) for x in facts.layers})}
         self._of_layer = {x.layer_id: self._kernels[kind_of(x)] for x in facts.layers}
@@ -196,8 +195,8 @@ class GpuAttention:
             assert isinstance(decode.pager, DevicePager)
             self._pager = decode.pager
 
-        def extend(max_tokens: int, gather: GatherModel | None) -> GpuExtend:
-            return GpuExtend(
+        def extend(max_tokens: int) -> GpuExtend:
+            made = GpuExtend(
                 decode.pager,
                 heads=heads,
                 kv_heads=kv_heads,
@@ -205,14 +204,16 @@ class GpuAttention:
                 max_tokens=max_tokens,
                 deterministic=facts.deterministic,
                 device=self._device,
-                gather=gather,
+                gathered=self._gathered.get((kv_heads, head_dim)),
             )
+            self._gathered[kv_heads, head_dim] = made.gathered
+            return made
 
         return Kernels(
             window,
             decode,
-            extend(self._max_extend, None) if facts.serves_prefill else None,
-            extend(self.max_rows * self._drafts, _NO_GATHER) if self._drafts else None,
+            extend(self._max_extend) if facts.serves_prefill else None,
+            extend(self.max_rows * self._drafts) if self._drafts else None,
         )
 
     def _window(self, reach: Reach, translated: bool) -> DeviceWindow:

@@ -73,7 +73,10 @@ ROWS: list[tuple[str, list[str], list[str]]] = [
     ),
     (
         "sliding windows, in one pool or in a pool of their own",
-        ["contract/test_sliding_window.py::test_full_and_windowed_layers_of_a_step"],
+        [
+            "contract/test_sliding_window.py::test_full_and_windowed_layers_of_a_step",
+            "serve/test_window_engine.py::test_a_request_in_a_crowd_answers_as_alone",
+        ],
         [
             "gpu/test_window.py::test_captured_decode_with_a_window",
             "gpu/test_window.py::test_extend_with_a_window",

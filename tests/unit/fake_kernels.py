@@ -107,6 +107,8 @@ class FakeDecode(FakeKernel):
 class FakeExtend(FakeKernel):
     """Of ``GpuExtend``."""
 
+    gathered = torch.empty(0)
+
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """``GpuAttention`` on a CPU."""
