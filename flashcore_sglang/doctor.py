@@ -82,10 +82,13 @@ def problems(machine: Machine) -> list[str]:
 def refused() -> list[str]:
     """What the backend refuses at start on any machine: its own messages, for one example each."""
     served = ServingFacts(sglang_version=SGLANG_MAX, layers=(LayerFacts(0, 8, 2),))
+    gpu = {"device": "cuda", "capability": "9.0", "model_dtype": "bfloat16", "kv_cache_dtype": "bfloat16"}
     examples: tuple[dict[str, Any], ...] = (
         {"is_mla": True},
         {"is_encoder_decoder": True},
-        {"layers": (LayerFacts(0, 8, 2, attn_type="encoder_only"),)},
+        {"layers": (LayerFacts(0, 8, 2, has_temperature=True),)},
+        {**gpu, "layers": (LayerFacts(0, 8, 2, 96, 96),)},
+        {"draft_tokens": 8, "draft_branches": 4, "layers": (LayerFacts(0, 8, 2, sliding_window_size=4095),)},
         {"page_size": 48},
         {"kv_cache_dtype": "fp8_e4m3"},
         {"speculative_algorithm": "DFLASH"},

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from flashcore_sglang.config import GatherModel
 from flashcore_sglang.device_pager import MAX_ROWS, DevicePager
 from flashcore_sglang.device_window import DeviceWindow
 from flashcore_sglang.gpu_decode import GpuDecode
@@ -21,7 +20,6 @@ from flashcore_sglang.reach import Reach
 from flashcore_sglang.requirements import LayerFacts, ServingFacts
 from flashcore_sglang.step import Step
 
-_NO_GATHER = GatherModel(mebibytes=0, max_page_size=0, rows_scattered=1, rows_boxed=1)
 Kind = tuple[Reach, bool, int, int, int]
 
 
@@ -83,6 +81,7 @@ class GpuAttention:
         self._max_extend, self._drafts = max_extend, facts.draft_tokens
         self._windows: dict[tuple[Reach, bool], DeviceWindow] = {}
         self._pager: DevicePager | None = None
+        self._gathered: dict[tuple[int, int], torch.Tensor] = {}
         # Layers that read everything come first: theirs is the pager that statistics look at.
         self._kernels = {kind: self._make_kernels(kind) for kind in sorted({kind_of(x) for x in facts.layers})}
         self._of_layer = {x.layer_id: self._kernels[kind_of(x)] for x in facts.layers}
@@ -169,8 +168,8 @@ class GpuAttention:
             kernel.use(kernels.window.num_rows if kernels.window else step.num_rows)
         return GpuStep(self, step, mask)
 
-    def kernels(self) -> list[Kernels]:
-        return list(self._kernels.values())
+    def kernels(self) -> dict[Kind, Kernels]:
+        return self._kernels
 
     def of_layer(self, layer_id: int) -> Kernels:
         return self._of_layer[layer_id]
@@ -197,8 +196,8 @@ class GpuAttention:
             assert isinstance(decode.pager, DevicePager)
             self._pager = decode.pager
 
-        def extend(max_tokens: int, gather: GatherModel | None) -> GpuExtend:
-            return GpuExtend(
+        def extend(max_tokens: int) -> GpuExtend:
+            made = GpuExtend(
                 decode.pager,
                 heads=heads,
                 kv_heads=kv_heads,
@@ -207,14 +206,16 @@ class GpuAttention:
                 kv_dtype=kv_dtype,
                 deterministic=facts.deterministic,
                 device=self._device,
-                gather=gather,
+                gathered=self._gathered.get((kv_heads, head_dim)),
             )
+            self._gathered[kv_heads, head_dim] = made.gathered
+            return made
 
         return Kernels(
             window,
             decode,
-            extend(self._max_extend, None) if facts.serves_prefill else None,
-            extend(self.max_rows * self._drafts, _NO_GATHER) if self._drafts else None,
+            extend(self._max_extend) if facts.serves_prefill else None,
+            extend(self.max_rows * self._drafts) if self._drafts else None,
         )
 
     def _window(self, reach: Reach, translated: bool) -> DeviceWindow:
@@ -232,6 +233,12 @@ class GpuAttention:
         return self._windows[key]
 
 
+def _visible(reach: Reach, mask: torch.Tensor | None) -> Visible:
+    if reach.ahead:
+        return Visible.ALL
+    return Visible.CAUSAL if mask is None else Visible.MASKED
+
+
 class GpuStep:
     """A step whose tables are copied."""
 
@@ -242,7 +249,7 @@ class GpuStep:
     def plan(self) -> None:
         """Segments and work lists, for all layers. Capturable."""
         step = self._step
-        for kernels in self._attention.kernels():
+        for (reach, *_), kernels in self._attention.kernels().items():
             kernel, window = kernels.of(step), kernels.window
             if isinstance(kernel, GpuExtend):
                 assert step.q_lens is not None
@@ -250,8 +257,8 @@ class GpuStep:
                     window.lens if window else step.seq_lens,
                     window.q_lens if window else step.q_lens,
                     step.num_tokens,
-                    visible=Visible.CAUSAL if self._mask is None else Visible.MASKED,
-                    window_left=window.reach.left if window else -1,
+                    visible=_visible(reach, self._mask),
+                    window_left=reach.left,
                 )
             elif kernel:
                 kernel.plan()

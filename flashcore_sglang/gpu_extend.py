@@ -47,6 +47,8 @@ class GpuExtend:
                     pager shares nothing: tiles are not cut.
         device:     a Hopper GPU.
         gather:     when scattered K and V are copied to consecutive slots first; None: as configs/gather.json says.
+        gathered:   where they are copied to, of another with the same KV heads and head dim, as steps follow each
+                    other; None: its own.
 
     Raises ValueError for sizes that are not served, RuntimeError if the library cannot be compiled.
     """
@@ -63,6 +65,7 @@ class GpuExtend:
         deterministic: bool = False,
         device: torch.device | str = "cuda",
         gather: GatherModel | None = None,
+        gathered: torch.Tensor | None = None,
     ) -> None:
         self.pager, self.max_rows = pager, pager.max_rows
         self._heads, self._kv_heads, self._head_dim = heads, kv_heads, head_dim
@@ -73,7 +76,8 @@ class GpuExtend:
         self._kv_dtype = kv_dtype
         self._partials = 0 if deterministic else PARTIAL_CAPACITY
         self._gather = gather or gather_model("hopper")
-        self._gathered, self._gathers = self._make_gathered(), False
+        self._owns_gathered, self._gathers = gathered is None, False
+        self._gathered = self._make_gathered() if gathered is None else gathered
         self._max_tokens, self._workspace = max_tokens, self._make_workspace(max_tokens)
 
     def _make_gathered(self) -> torch.Tensor:
@@ -102,8 +106,13 @@ class GpuExtend:
 
     @property
     def mebibytes(self) -> float:
-        """Device memory of the workspace and of gathered K and V; the pager's is its own."""
-        return (self._workspace.numel() + self._gathered.numel()) / 2**20
+        """Device memory of the workspace and of gathered K and V; what is of another or of the pager is not counted."""
+        return (self._workspace.numel() + (self._gathered.numel() if self._owns_gathered else 0)) / 2**20
+
+    @property
+    def gathered(self) -> torch.Tensor:
+        """Room for gathered K and V, for another ``GpuExtend``."""
+        return self._gathered
 
     def snapshot(self, req_to_token: torch.Tensor, req_pool_indices: torch.Tensor, seq_lens: torch.Tensor) -> None:
         """Copies what the batch reads; arguments as for ``DevicePager.snapshot``. ``seq_lens`` count the new tokens."""

@@ -147,7 +147,7 @@ class _Queries:
         for row in rows:
             first, count = self.lens[row] - self.counts[row], self.counts[row]
             # Queries before the segment see nothing of it, unless a mask says so; nor do those that begin behind it.
-            skipped = max(0, begin - first) if self.mask is None else 0
+            skipped = max(0, begin - first) if self.mask is None and not self.reach.ahead else 0
             stop = min(count, last - first) if (last := self.reach.stop(end)) is not None else count
             if skipped < stop:
                 tokens.extend(range(self.first_token[row] + skipped, self.first_token[row] + stop))
@@ -159,6 +159,7 @@ class _Queries:
             slots = slice(slots.start + seen - begin, slots.stop) if isinstance(slots, slice) else slots[seen - begin :]
             begin = seen
         masked = min(positions) < end - 1 or self.reach.begin(max(positions)) > begin
+        masked = masked and not self.reach.ahead
         return SegmentRead(
             slots=slots,
             tokens=_as_slice(tokens),

@@ -10,24 +10,27 @@ Position = TypeVar("Position", bound=Any)  # int or torch.Tensor
 
 @dataclass(frozen=True, order=True)
 class Reach:
-    """A token at position p sees positions ``begin(p)`` to p.
+    """A token at position p sees positions ``begin(p)`` to p, or all of its request's.
 
     Attributes:
         left:  positions seen before the token's own (a sliding window); -1: all.
         chunk: tokens of a chunk, which a token does not see past the beginning of (chunked local attention); 0: none.
+        ahead: tokens see those behind them, too: an encoder.
 
-    Raises ValueError for both at once.
+    Raises ValueError for more than one at once.
     """
 
     left: int = -1
     chunk: int = 0
+    ahead: bool = False
 
     def __post_init__(self) -> None:
-        if self.left >= 0 and self.chunk:
-            raise ValueError(f"reach: want a window or chunks, got a window of {self.left} and chunks of {self.chunk}")
+        if (self.left >= 0) + (self.chunk > 0) + self.ahead > 1:
+            raise ValueError(f"reach: want a window, chunks or all, got {self}")
 
     @property
     def everything(self) -> bool:
+        """Whether tokens see all that is before them."""
         return self.left < 0 and self.chunk == 0
 
     def begin(self, position: Position) -> Position:

@@ -17,6 +17,7 @@ POOLS = ("MHATokenToKVPool", "SWAKVPool")
 CAUSAL = ("decoder", "decoder_bidirectional")
 """Layers where a token sees those before it. SGLang's other backends, too, take the second for the first; only triton,
 without CUDA graphs and chunks, lets the tokens of an image see each other."""
+ENCODER = "encoder_only"
 SPECULATIVE = ("EAGLE", "EAGLE3", "NEXTN", "STANDALONE", "NGRAM")
 """SGLang's ways of drafting whose drafts are verified here: as many for every request."""
 E4M3 = "float8_e4m3fn"
@@ -46,7 +47,10 @@ class LayerFacts:
 
     @property
     def reach(self) -> Reach:
-        return Reach(self.sliding_window_size, self.chunk if self.sliding_window_size < 0 else 0)
+        """A window goes before chunks, and both before seeing ahead, which ``refusals`` names."""
+        if self.sliding_window_size >= 0:
+            return Reach(self.sliding_window_size)
+        return Reach(chunk=self.chunk) if self.chunk else Reach(ahead=self.attn_type == ENCODER)
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,8 @@ def refusals(facts: ServingFacts) -> list[str]:
 def _model_refusals(facts: ServingFacts) -> list[str | None]:
     other = "serve it with --attention-backend fa3 (GPU) or torch_native (CPU)"
     bad_heads = [x for x in facts.layers if x.num_kv_heads < 1 or x.num_q_heads % x.num_kv_heads]
-    types = sorted({x.attn_type for x in facts.layers if x.attn_type not in CAUSAL})
+    types = sorted({x.attn_type for x in facts.layers if x.attn_type not in (*CAUSAL, ENCODER)})
+    part = any(x.attn_type == ENCODER and not x.reach.ahead for x in facts.layers)
     capping = sorted({x.logit_capping_method for x in facts.layers if x.logit_capping_method != "tanh"})
     return [
         f"model: want attention layers, got none; {other}" if not facts.layers else None,
@@ -136,7 +141,10 @@ def _model_refusals(facts: ServingFacts) -> list[str | None]:
             if facts.is_encoder_decoder or any(x.is_cross_attention for x in facts.layers)
             else None
         ),
-        f"model: want causal attention, got attention of type {', '.join(types)}; {other}" if types else None,
+        f"model: want encoder layers that see everything, got windows or chunks; {other}" if part else None,
+        f"model: want attention of a decoder or an encoder, got attention of type {', '.join(types)}; {other}"
+        if types
+        else None,
         (
             f"model: want query heads a multiple of KV heads, got {bad_heads[0].num_q_heads} on "
             f"{bad_heads[0].num_kv_heads} in layer {bad_heads[0].layer_id}; choose another --tp-size"

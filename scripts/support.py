@@ -73,7 +73,10 @@ ROWS: list[tuple[str, list[str], list[str]]] = [
     ),
     (
         "sliding windows, in one pool or in a pool of their own",
-        ["contract/test_sliding_window.py::test_full_and_windowed_layers_of_a_step"],
+        [
+            "contract/test_sliding_window.py::test_full_and_windowed_layers_of_a_step",
+            "serve/test_window_engine.py::test_a_request_in_a_crowd_answers_as_alone",
+        ],
         [
             "gpu/test_window.py::test_captured_decode_with_a_window",
             "gpu/test_window.py::test_extend_with_a_window",
@@ -86,12 +89,18 @@ ROWS: list[tuple[str, list[str], list[str]]] = [
         ["gpu/test_window.py::test_chunked_local_attention"],
     ),
     (
+        "encoder-only layers",
+        ["contract/test_backend.py::test_layer_of_an_encoder_sees_ahead"],
+        ["gpu/test_extend.py::test_attention_that_is_not_causal_is_exact"],
+    ),
+    (
         "speculative decoding: chains and trees of drafts",
         ["contract/test_verify.py::test_verification_equals_the_definition"],
         [
             "gpu/test_window.py::test_captured_verification",
             "sglang_kit/test_verify.py::test_kit_verifies",
             "sglang_kit/test_verify.py::test_kit_replays_a_verification",
+            "serve/test_speculative.py::test_drafts_change_the_steps_and_not_the_tokens",
         ],
     ),
     (

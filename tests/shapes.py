@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-_COMMON = {
+COMMON = {
     "hidden_size": 256,
     "intermediate_size": 512,
     "num_hidden_layers": 4,
@@ -111,6 +111,6 @@ SHAPES: dict[str, dict[str, Any]] = {
 def write_model(folder: Path, shape: str, **changes: Any) -> str:
     """Writes the configuration of a shape of ``SHAPES``; returns the folder for ``--model-path``."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {**_COMMON, **SHAPES[shape], **changes}
+    config = {**COMMON, **SHAPES[shape], **changes}
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     return str(folder)

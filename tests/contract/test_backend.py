@@ -11,6 +11,7 @@ import torch
 needs.sglang()
 
 from contract.sglang_fixtures import DIM, HEADS, KV_HEADS, SCALE, MiniScheduler, make_runner
+from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from unit import fake_kernels
 
@@ -36,7 +37,7 @@ def tensors(scheduler: MiniScheduler, tokens: int):
     )
 
 
-def wanted(scheduler: MiniScheduler, batch, q: torch.Tensor, **scales) -> torch.Tensor:
+def wanted(scheduler: MiniScheduler, batch, q: torch.Tensor, **options) -> torch.Tensor:
     pool = scheduler.pool
     return reference.extend(
         q.view(-1, HEADS, DIM),
@@ -48,7 +49,7 @@ def wanted(scheduler: MiniScheduler, batch, q: torch.Tensor, **scales) -> torch.
         batch.extend_seq_lens,
         page_size=1,
         scale=SCALE,
-        **scales,
+        **options,
     ).view(len(q), -1)
 
 
@@ -104,6 +105,21 @@ def test_tokens_that_pad_the_batch_give_zeros(scheduler):
     got = backend.forward_extend(q, k, v, scheduler.runner.model[0], batch)
     close(got[:20], wanted(scheduler, batch, q[:20]))
     assert not got[20:].any()
+
+
+@pytest.mark.parametrize("kernels", [False, True], ids=["PyTorch", "tables of a GPU"])
+def test_layer_of_an_encoder_sees_ahead(scheduler, kernels, monkeypatch):
+    layer = scheduler.runner.model[0]
+    layer.attn_type = AttentionType.ENCODER_ONLY
+    backend = FlashCoreSparseBackend(scheduler.runner)
+    if kernels:
+        fake_kernels.install(monkeypatch)
+        backend._gpu = backend._make_gpu(scheduler.runner)
+    batch = scheduler.batch([scheduler.add(list(range(20)))[0], scheduler.add([7] * 5)[0]], [20, 5])
+    q, k, v = tensors(scheduler, 25)
+    backend.init_forward_metadata(batch)
+    got = backend.forward(q, k, v, layer, batch)
+    close(got, wanted(scheduler, batch, q, causal=False))
 
 
 def test_result_goes_where_a_prefill_graph_wants_it(scheduler):

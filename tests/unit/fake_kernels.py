@@ -88,7 +88,8 @@ class FakeKernel:
         assert (custom_mask is not None) == (plan.visible is Visible.MASKED)
         for slots, count in zip(plan.slots, plan.counts, strict=True):
             keys, queries = torch.arange(len(slots)), torch.arange(len(slots) - count, len(slots))[:, None]
-            visible = (keys <= queries) & (slots >= 0)
+            causal = keys <= queries if plan.visible is not Visible.ALL else torch.ones(1, dtype=torch.bool)
+            visible = causal & (slots >= 0).expand(count, -1)
             if plan.window_left >= 0:
                 visible &= keys >= queries - plan.window_left
             if custom_mask is not None:
@@ -105,6 +106,8 @@ class FakeDecode(FakeKernel):
 
 class FakeExtend(FakeKernel):
     """Of ``GpuExtend``."""
+
+    gathered = torch.empty(0)
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:

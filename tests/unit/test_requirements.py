@@ -43,8 +43,12 @@ def test_supported_configuration_is_not_refused(page_size, dtype):
         ({"is_encoder_decoder": True}, "model: want a decoder, got an encoder-decoder; serve it with"),
         ({"layers": layer(is_cross_attention=True)}, "model: want a decoder, got an encoder-decoder"),
         (
-            {"layers": layer(attn_type="encoder_only")},
-            "model: want causal attention, got attention of type encoder_only",
+            {"layers": layer(attn_type="encoder_only", sliding_window_size=64)},
+            "model: want encoder layers that see everything, got windows or chunks",
+        ),
+        (
+            {"layers": layer(attn_type="other")},
+            "want attention of a decoder or an encoder, got attention of type other",
         ),
         ({"layers": layer(num_kv_heads=3)}, "want query heads a multiple of KV heads, got 8 on 3 in layer 1"),
         ({"layers": layer(has_temperature=True)}, "model: want a constant softmax scale"),

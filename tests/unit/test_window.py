@@ -38,9 +38,11 @@ def through(case: Case, slot_map: torch.Tensor) -> Case:
     return replace(case, k=k, v=v)
 
 
-def planned(case: Case, *, window_left: int = -1, chunk: int = 0, **options: object) -> torch.Tensor:
+def planned(
+    case: Case, *, window_left: int = -1, chunk: int = 0, causal: bool = True, **options: object
+) -> torch.Tensor:
     _, lens, q_lens = case.vectors
-    plan = ops.plan(case.layout(), lens, q_lens, reach=Reach(window_left, chunk), **options)
+    plan = ops.plan(case.layout(), lens, q_lens, reach=Reach(window_left, chunk, not causal), **options)
     return ops.attend(case.q, case.k, case.v, plan, scale=case.scale, sinks=case.sinks)
 
 
@@ -77,6 +79,13 @@ def test_window_of_any_batch_equals_the_definition(batch: Batch, window_left: in
     q_lens = [data.draw(st.integers(0, end)) for end in batch.ends]
     case = free_below(make(batch, q_lens, dim=8), window_left)
     close(planned(case, window_left=window_left), defined(case, window_left=window_left))
+
+
+@pytest.mark.parametrize("q_lens", [MIXED, [70, 64, 33, 90, 17, 1]], ids=["mixed", "whole"])
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_encoder_layers_see_ahead(page_size, q_lens):
+    case = make(forest(page_size), q_lens)
+    close(planned(case, causal=False), defined(case, causal=False))
 
 
 @pytest.mark.parametrize("window_left", [-1, 20])
@@ -201,7 +210,7 @@ def test_reach_that_has_no_table_is_refused(reach):
 
 
 def test_window_and_chunks_at_once_are_refused():
-    with pytest.raises(ValueError, match="reach: want a window or chunks"):
+    with pytest.raises(ValueError, match="reach: want a window, chunks or all"):
         Reach(4, 16)
 
 
