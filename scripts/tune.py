@@ -30,7 +30,9 @@ from flashcore_sglang.config import SHARE_ALWAYS, CostModel  # noqa: E402
 from flashcore_sglang.layout import build_layout_from_slots  # noqa: E402
 
 NEVER = CostModel(segment_cost=2**30)
-CPU_OWN_TOKENS, GPU_OWN_TOKENS, GPU_REQUESTS = 64, 128, 256
+CPU_OWN_TOKENS, GPU_REQUESTS = 64, 256
+# Of all residues of the kernel's 128-token tiles, so that no prefix gains by making rows end with a tile.
+GPU_OWN_TOKENS = [64 + 37 * i % 128 for i in range(GPU_REQUESTS)]
 LENGTHS = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 Shape = tuple[int, int, int]  # heads, kv_heads, head_dim
@@ -79,7 +81,8 @@ def gpu_timers(rows: int, length: int, shape: Shape, flush: Flusher) -> list[Tim
     from gpu.decode_cases import Decode, forest
 
     heads, kv_heads, dim = shape
-    f = forest(((GPU_REQUESTS // rows, length), (GPU_REQUESTS, GPU_OWN_TOKENS)), order="interleaved")
+    levels = ((GPU_REQUESTS // rows, length), (GPU_REQUESTS, max(GPU_OWN_TOKENS)))
+    f = forest(levels, order="interleaved", lens=GPU_OWN_TOKENS)
     q = torch.randn(f.batch, heads, dim, device="cuda", dtype=torch.bfloat16)
     k, v = (torch.randn(f.num_slots, kv_heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
 

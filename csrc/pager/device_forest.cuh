@@ -285,6 +285,7 @@ __device__ __forceinline__ void finish_build(const DevicePagerParams& p, int row
     if (violation) *const_cast<volatile unsigned long long*>(p.report) = violation;
     state.violation = 0;
     state.changed = 0;
+    if (appended) state.resample = 0;  // the snapshot has written all samples
     state.forest_rows = rows;
   }
 }
@@ -302,7 +303,10 @@ __device__ __forceinline__ void build_forest(const DevicePagerParams& p, ForestS
   const int num_segments = write_segments<kRanged>(p, s, rows, threads);
   write_page_indptr<kRanged>(p, s, num_segments, threads);
   finish_build(p, rows, violation, false);
-  if (threadIdx.x == 0) p.state->appendable = !kRanged && placed.appendable && violation == 0;
+  if (threadIdx.x == 0) {
+    p.state->appendable = !kRanged && placed.appendable && violation == 0;
+    if (!kRanged) choose_samples(*p.state, sharers.deep && !sharers.contradicted, sharers.longest);
+  }
 }
 
 __device__ __forceinline__ void append_rows(const DevicePagerParams& p, ForestShared& s, int rows, int threads) {

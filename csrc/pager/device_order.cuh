@@ -1,34 +1,24 @@
 // Sorts the rows that may share by their page sequences, and finds what each has in common with the row before it.
 //
-// Invariant of a round: the active rows of a class agree on entries [0, from). Each is compared with the class's
-// leader; it leaves the leader at entry `lcp`, where it holds page `id` (-1: it ends there), `less` than the leader's
-// or not. For two rows of the class
-//   lcp equal, id equal    they agree beyond lcp: the same class of the next round (id -1: the same pages altogether)
-//   lcp equal, id not      they part at lcp, ordered by id
-//   lcp not equal          they part at the smaller lcp, where the other one goes with the leader
-// so every pair is decided in exactly one round, and the rank of a row is the number of rows found to be before it.
-// Every CTA keeps the classes of all rows for itself (one thread each); CTAs divide the comparisons, then the pairs by
-// row.
+// Rows are compared with others in rounds; a row keeps what it found about the last one, its parent: it leaves the
+// parent at entry `lcp`, where it holds page `id` (-1: it ends there), `less` than the parent's or not. A row leaves
+// its parent after the parent has left its own. So the rows make a tree. Two rows with one parent
+//   lcp equal, id equal    agree beyond lcp: one of them becomes the other's parent, and they are compared from there
+//                          on in the next round (id -1: the same pages altogether, no more to compare)
+//   lcp equal, id not      part at lcp, ordered by id
+//   lcp not equal          part at the smaller lcp, where the other one goes with the parent
+// Once all rows of one parent differ in (lcp, id), any two rows are where their ancestors below the common one are: the
+// rank of a row is the number of rows that are found to be before it.
+//
+// The first round compares rows with what samples propose (device_proposals.cuh), and mostly is the last one. Should a
+// row leave its parent too early, the proposals were wrong: all rows are compared with the first one. A round then
+// splits classes of rows that agree so far, as quicksort splits strings.
+// Every CTA keeps the tree of all rows for itself (one thread each); CTAs divide the comparisons, then the ranks.
 #pragma once
-#include "pager/device_block.cuh"
+#include "pager/device_compare.cuh"
+#include "pager/device_proposals.cuh"
 
 namespace flashcore::pager {
-
-constexpr int kClassSlots = 4 * kPagerRows;  // sparse: a row's search is short
-
-struct OrderShared {
-  int blocks[kPagerRows], end[kPagerRows];
-  int leader[kPagerRows];  // of the row's class; -1: the row is decided
-  int parted[kPagerRows];  // the leader that lcp, id and less are about; -1: none
-  int from[kPagerRows], to[kPagerRows];
-  int lcp[kPagerRows], id[kPagerRows], less[kPagerRows];
-  int tile_begin[kPagerRows + 1];
-  int slot_row[kClassSlots];                 // hash table of (leader, lcp, id): a row that has it; -1: free
-  unsigned slot_best[kClassSlots];           // the new leader, below random bits
-  int slot_shared[kClassSlots];              // 1: by more than one row
-  int rank[kPagerRows], common[kPagerRows];  // of the rows that are this CTA's
-  int scratch[32], sharers[32];
-};
 
 __device__ __forceinline__ unsigned mix(unsigned x) {
   x ^= x >> 16;
@@ -46,144 +36,124 @@ __device__ __forceinline__ void clear_classes(OrderShared& s) {
   }
 }
 
-// Classes of the rows that are still to be compared, by (leader, lcp, id): the slot of `row`'s.
+// Rows of one parent that agree beyond where they leave it are a class, (parent, lcp, id): the slot of `row`'s.
 __device__ __forceinline__ int find_class(OrderShared& s, int row) {
-  int slot = mix(s.leader[row] * 0x9E3779B1u + s.lcp[row] * 0x85EBCA6Bu + s.id[row]) & (kClassSlots - 1);
+  int slot = mix(s.parent[row] * 0x9E3779B1u + s.lcp[row] * 0x85EBCA6Bu + s.id[row]) & (kClassSlots - 1);
   for (;; slot = (slot + 1) & (kClassSlots - 1)) {
     const int other = atomicCAS(&s.slot_row[slot], -1, row);
     if (other < 0) return slot;
-    if (s.leader[other] == s.leader[row] && s.lcp[other] == s.lcp[row] && s.id[other] == s.id[row]) {
+    if (s.parent[other] == s.parent[row] && s.lcp[other] == s.lcp[row] && s.id[other] == s.id[row]) {
       atomicOr(&s.slot_shared[slot], 1);
       return slot;
     }
   }
 }
 
-// Splits the classes, gives each a leader, and says if any row is left to be compared. The slots are clear before.
-__device__ __forceinline__ bool split_classes(OrderShared& s, int round) {
+// Puts this thread's row into its class, if it has one. The slots are clear before.
+__device__ __forceinline__ int join_class(OrderShared& s, int round) {
   const int row = threadIdx.x;
-  bool active = s.leader[row] >= 0 && s.id[row] >= 0;
-  int slot = 0;
-  if (active) {
-    slot = find_class(s, row);
-    const unsigned draw = mix(row + 0x9E3779B1u * (round + 1));
-    atomicMin(&s.slot_best[slot], (draw & ~unsigned{kPagerRows - 1}) | row);
-  }
-  __syncthreads();
-  active = active && s.slot_shared[slot];
-  const int leader = active ? static_cast<int>(s.slot_best[slot] % kPagerRows) : -1;
-  s.parted[row] = s.leader[row];
-  s.leader[row] = leader;
+  if (s.parent[row] < 0 || s.id[row] < 0) return -1;
+  const int slot = find_class(s, row);
+  const unsigned draw = mix(row + 0x9E3779B1u * (round + 1));
+  atomicMin(&s.slot_best[slot], (draw & ~unsigned{kPagerRows - 1}) | row);
+  return slot;
+}
+
+// In each class of several rows, all but one are to be compared with that one. Says if there are any. Leaders are drawn
+// by hash, so that a chain of B prefixes takes log B rounds.
+__device__ __forceinline__ bool assign_leaders(OrderShared& s, int slot) {
+  const int row = threadIdx.x;
+  const int leader = slot >= 0 && s.slot_shared[slot] ? static_cast<int>(s.slot_best[slot] % kPagerRows) : row;
+  const bool active = leader != row;
+  s.leader[row] = active ? leader : -1;
   s.from[row] = s.lcp[row] + 1;
   s.to[row] = active ? min(s.blocks[row], s.blocks[leader]) : 0;
   return __syncthreads_or(active);
 }
 
 struct Sharers {
-  int before, total;  // rows that may share: before this thread's row, and in all
+  int before, total;        // rows that may share: before this thread's row, and in all
+  int first;                // kNever: none
+  int longest;              // blocks
+  bool deep, contradicted;  // proposals are worth while; they did not hold
 };
 
-// All rows that may share are one class; its leader is the first of them.
-__device__ __forceinline__ Sharers start_class(OrderShared& s, bool share) {
+__device__ __forceinline__ Sharers count_sharers(OrderShared& s, bool share) {
   const int row = threadIdx.x, lane = row & 31, warp = row >> 5, warps = kPagerRows / 32;
   const unsigned sharing = __ballot_sync(kAllLanes, share);
+  const unsigned most = __reduce_max_sync(kAllLanes, static_cast<unsigned>(s.blocks[row]));
   if (lane == 0) {
-    s.scratch[warp] = sharing ? row + __ffs(sharing) - 1 : kNever;
+    s.first_sharer[warp] = sharing ? row + __ffs(sharing) - 1 : kNever;
     s.sharers[warp] = __popc(sharing);
+    s.longest[warp] = most;
   }
+  if (row == 0) s.deep = 0;
   __syncthreads();
-  const unsigned leader = __reduce_min_sync(kAllLanes, static_cast<unsigned>(lane < warps ? s.scratch[lane] : kNever));
+  const unsigned first =
+      __reduce_min_sync(kAllLanes, static_cast<unsigned>(lane < warps ? s.first_sharer[lane] : kNever));
   const int own = lane < warps ? s.sharers[lane] : 0;
   const int total = __reduce_add_sync(kAllLanes, static_cast<unsigned>(own));
   const int before = __reduce_add_sync(kAllLanes, static_cast<unsigned>(lane < warp ? own : 0));
-  s.leader[row] = share ? static_cast<int>(leader) : -1;
+  const int longest = __reduce_max_sync(kAllLanes, static_cast<unsigned>(lane < warps ? s.longest[lane] : 0));
+  return {before + __popc(sharing & ((1u << lane) - 1)), total, static_cast<int>(first), longest, false, false};
+}
+
+// All rows are to be compared with the first one.
+__device__ __forceinline__ void lead_by(OrderShared& s, int first) {
+  const int row = threadIdx.x;
+  const bool active = s.blocks[row] > 0 && row != first;
+  s.parent[row] = -1;
+  s.leader[row] = active ? first : -1;
   s.from[row] = 0;
-  s.to[row] = share ? min(s.blocks[row], s.blocks[leader]) : 0;
-  __syncthreads();
-  return {before + __popc(sharing & ((1u << lane) - 1)), total};
+  s.to[row] = active ? min(s.blocks[row], s.blocks[first]) : 0;
 }
 
-// What is known of a row's first difference from its leader, smallest first: entry << 32 | page << 1 | page is less.
-// All ones: none found.
-using Mismatch = unsigned long long;
-
-__device__ __forceinline__ int component(const int4& v, int k) {
-  return k == 0 ? v.x : k == 1 ? v.y : k == 2 ? v.z : v.w;
-}
-
-// The first difference of two rows in a tile, which begins at `begin` and ends at `to` or earlier; the same in all
-// lanes. Whether there is one.
-__device__ __forceinline__ bool compare_tile(const int* row, const int* leader, int begin, int to, Mismatch* mismatch) {
-  unsigned mine = kNever;
-  int page = 0, leader_page = 0;
-#pragma unroll
-  for (int i = 0; i < kCompareTile / 128; ++i) {
-    const int e = begin + i * 128 + (threadIdx.x & 31) * 4;
-    if (e < to) {
-      const int4 x = *reinterpret_cast<const int4*>(row + e), y = *reinterpret_cast<const int4*>(leader + e);
-      const int k = x.x != y.x ? 0 : x.y != y.y ? 1 : x.z != y.z ? 2 : 3;
-      if (mine == kNever && component(x, k) != component(y, k)) {
-        mine = e + k;
-        page = component(x, k), leader_page = component(y, k);
-      }
-    }
-  }
-  const unsigned first = __reduce_min_sync(kAllLanes, mine);
-  if (first >= static_cast<unsigned>(to)) return false;
-  if (mine == first) {
-    const unsigned low = static_cast<unsigned>(page) << 1 | (page < leader_page);
-    atomicMin(mismatch, static_cast<Mismatch>(first) << 32 | low);
-  }
-  return true;
-}
-
-// Tiles [first, last) of all rows' tiles.
-__device__ __forceinline__ void compare_tiles(const DevicePagerParams& p, const OrderShared& s, int rows, int first,
-                                              int last, Mismatch* mismatch) {
-  int row = -1, next = first;  // `next`: the first tile of the row after `row`
-  for (int tile = first; tile < last;) {
-    if (tile == next) {
-      row = find_interval(s.tile_begin, rows, tile);
-      next = s.tile_begin[row + 1];
-    }
-    const int begin = (s.from[row] & ~3) + (tile - s.tile_begin[row]) * kCompareTile;
-    const bool found =
-        compare_tile(p.table + static_cast<int64_t>(row) * p.table_stride,
-                     p.table + static_cast<int64_t>(s.leader[row]) * p.table_stride, begin, s.to[row], mismatch + row);
-    tile = found ? next : tile + 1;  // what comes after the first difference does not matter
-  }
-}
-
-__device__ __forceinline__ void compare_rows(const DevicePagerParams& p, OrderShared& s, int rows, int round) {
+// Rows of one root, which read or borrow from the same position on, are one class; roots ascend. Says if there are
+// rows to be compared.
+__device__ __forceinline__ bool lead_by_roots(const DevicePagerParams& p, OrderShared& s, const int* root) {
   const int row = threadIdx.x;
-  int total, tiles = 0;
-  if (s.leader[row] >= 0 && s.leader[row] != row && s.from[row] < s.to[row]) {
-    tiles = (s.to[row] - (s.from[row] & ~3) + kCompareTile - 1) / kCompareTile;
-  }
-  s.tile_begin[row] = block_scan(tiles, kWholeCta, s.scratch, &total);
-  if (row == 0) s.tile_begin[kPagerRows] = total;
-  // The next round's words: last read before this round's barrier, next written after it.
-  if (blockIdx.x == gridDim.x - 1 && row < rows) p.mismatch[(round + 1) % 3 * p.max_rows + row] = ~Mismatch{0};
+  clear_classes(s);
+  s.parent[row] = s.blocks[row] > 0 ? 0 : -1;
+  s.lcp[row] = root[row];
+  s.id[row] = 0;
   __syncthreads();
-  // A warp's tiles are consecutive, so that it can leave a row once it has found a difference.
-  const int warps = gridDim.x * (kPagerRows / 32), span = (total + warps - 1) / warps;
-  const int first = ((row >> 5) * gridDim.x + blockIdx.x) * span;
-  compare_tiles(p, s, rows, first, min(total, first + span), p.mismatch + round % 3 * p.max_rows);
+  const int slot = join_class(s, -1);
+  __syncthreads();
+  const bool active = assign_leaders(s, slot);
+  s.parent[row] = -1;
+  s.from[row] = root[row] >> p.page_shift;
+  __syncthreads();
+  return active;
 }
 
-__device__ __forceinline__ void load_results(const DevicePagerParams& p, OrderShared& s, int round) {
-  const int row = threadIdx.x;
-  if (s.leader[row] >= 0) {
-    const Mismatch found = __ldcg(p.mismatch + round % 3 * p.max_rows + row);
+// Row x reads less than row y, of the same pages, or as much and has the smaller index.
+__device__ __forceinline__ bool is_shorter(const OrderShared& s, int x, int y) {
+  return s.end[x] != s.end[y] ? s.end[x] < s.end[y] : x < y;
+}
+
+// What the round has found. The leaders are parents now.
+__device__ __forceinline__ void take_results(const DevicePagerParams& p, OrderShared& s, Mismatch found) {
+  const int row = threadIdx.x, leader = s.leader[row];
+  if (leader >= 0) {
     const int at = static_cast<int>(min(found >> 32, Mismatch{kNever})), to = s.to[row];
     const bool ended = at >= to && to == s.blocks[row];  // else the leader did
+    s.parent[row] = leader;
     s.lcp[row] = min(at, to);
     s.id[row] = at < to ? static_cast<int>(static_cast<unsigned>(found) >> 1)
                 : ended ? -1
                         : p.table[static_cast<int64_t>(row) * p.table_stride + to];
-    s.less[row] = at < to ? found & 1 : ended;
+    s.less[row] = at < to ? found & 1 : ended && (to < s.blocks[leader] || is_shorter(s, row, leader));
   }
   __syncthreads();
+}
+
+// A row has left its parent before the parent left its own, or was not compared far enough.
+__device__ __forceinline__ bool contradicts(const OrderShared& s) {
+  const int row = threadIdx.x, parent = s.parent[row];
+  if (parent < 0) return false;
+  const bool too_early = s.parent[parent] >= 0 && s.lcp[row] <= s.lcp[parent];
+  const bool undecided = s.lcp[row] >= s.to[row] && s.to[row] < min(s.blocks[row], s.blocks[parent]);
+  return too_early || (s.leader[row] >= 0 && undecided);
 }
 
 struct PairResult {  // of row x and row y
@@ -191,40 +161,44 @@ struct PairResult {  // of row x and row y
   int common;        // tokens that both read from the same slots
 };
 
-struct RowResult {
-  int lcp, id, less, end;
-};
-
-// Rows of one class that a round parts.
-__device__ __forceinline__ PairResult compare_pair(const RowResult& x, const RowResult& y, bool y_first,
+// `root`: as in order_rows.
+__device__ __forceinline__ PairResult compare_pair(const OrderShared& s, int x, int y, const int* root,
                                                    int page_shift) {
-  bool before;
-  if (x.lcp != y.lcp) {
-    before = y.lcp < x.lcp ? y.less : !x.less;
-  } else if (x.id != y.id) {
-    before = y.id < x.id;
-  } else if (x.id < 0) {  // the same pages: the shorter, then the index
-    before = y.end != x.end ? y.end < x.end : y_first;
-  } else {
-    return {false, 0};
+  int a = x, b = y, below_a = -1, below_b = -1;  // up to the row where their ways meet, and the rows before it
+  while (a != b) {
+    const int node_a = s.node[a], node_b = s.node[b];
+    if (node_a < kPagerRows && node_b < kPagerRows) return {root[b] < root[a], 0};
+    if (node_a / kPagerRows >= node_b / kPagerRows) below_a = a, a = node_a % kPagerRows;
+    if (node_b / kPagerRows >= node_a / kPagerRows) below_b = b, b = node_b % kPagerRows;
   }
-  return {before, min(min(x.lcp, y.lcp) << page_shift, min(x.end, y.end))};
+  const int lcp_x = below_a >= 0 ? s.lcp[below_a] : kNever, lcp_y = below_b >= 0 ? s.lcp[below_b] : kNever;
+  bool before;
+  if (lcp_x != lcp_y) {
+    before = lcp_y < lcp_x ? s.less[below_b] : !s.less[below_a];
+  } else if (s.id[below_a] != s.id[below_b]) {
+    before = s.id[below_b] < s.id[below_a];
+  } else {  // the same pages
+    before = is_shorter(s, y, x);
+  }
+  return {before, min(min(lcp_x, lcp_y) << page_shift, min(s.end[x], s.end[y]))};
 }
 
-__device__ __forceinline__ RowResult result_of(const OrderShared& s, int row) {
-  return {s.lcp[row], s.id[row], s.less[row], s.end[row]};
+// The number of a row's ancestors and its parent, in one word: below kPagerRows if it has none.
+__device__ __forceinline__ int tree_node(const OrderShared& s) {
+  const int parent = s.parent[threadIdx.x];
+  int ancestors = 0;
+  for (int up = parent; up >= 0; up = s.parent[up]) ++ancestors;
+  return ancestors * kPagerRows + max(parent, 0);
 }
 
-// Counts what the last round has parted.
-__device__ __forceinline__ void rank_rows(const DevicePagerParams& p, OrderShared& s, int rows) {
-  const int other = threadIdx.x, other_leader = s.parted[other];
+// Rank and common prefix of this CTA's rows.
+__device__ __forceinline__ void rank_rows(const DevicePagerParams& p, OrderShared& s, int rows, const int* root) {
+  const int other = threadIdx.x;
   if ((other & ~31) >= rows) return;
-  const RowResult y = result_of(s, other);
   for (int row = blockIdx.x; row < rows; row += gridDim.x) {
-    const int leader = s.parted[row];
-    if (leader < 0) continue;
+    if (s.blocks[row] == 0) continue;
     PairResult r{false, 0};
-    if (other != row && other_leader == leader) r = compare_pair(result_of(s, row), y, other < row, p.page_shift);
+    if (other != row && s.blocks[other] > 0) r = compare_pair(s, row, other, root, p.page_shift);
     const int count = __popc(__ballot_sync(kAllLanes, r.before));
     const unsigned common = __reduce_max_sync(kAllLanes, static_cast<unsigned>(r.before ? r.common : 0));
     if ((other & 31) == 0 && count > 0) {
@@ -234,51 +208,57 @@ __device__ __forceinline__ void rank_rows(const DevicePagerParams& p, OrderShare
   }
 }
 
-// Rows of one root, which read or borrow from the same position on, are one class; roots ascend.
-__device__ __forceinline__ bool start_roots(const DevicePagerParams& p, OrderShared& s, const int* root, int rows) {
-  const int row = threadIdx.x;
-  clear_classes(s);
-  s.leader[row] = min(s.leader[row], 0);
-  s.lcp[row] = root[row];
-  s.id[row] = 0;
-  __syncthreads();
-  for (int mine = blockIdx.x; mine < rows; mine += gridDim.x) {
-    const bool before = s.leader[mine] >= 0 && s.leader[row] >= 0 && root[row] < root[mine];
-    const int count = __syncthreads_count(before);
-    if (row == 0) s.rank[mine] = count;
-  }
-  const bool active = split_classes(s, -1);
-  s.from[row] = root[row] >> p.page_shift;
-  s.parted[row] = -1;
-  __syncthreads();
-  return active;
-}
+struct RowState {
+  int end, share;  // as p.row_end and p.row_share
+};
 
-// Writes sorted_rows and sorted_lcp; complete for all after the barrier's next phase. `root`: of each row, in shared
-// memory; nullptr: all rows begin at 0.
-__device__ __forceinline__ Sharers order_rows(const DevicePagerParams& p, OrderShared& s, int rows, const int* root,
-                                              GridBarrier& barrier) {
+// Writes sorted_rows and sorted_lcp; complete for all after the barrier's next phase. `mine`: of this thread's row.
+// `root`: of each row, in shared memory; nullptr: all rows begin at 0.
+__device__ __forceinline__ Sharers order_rows(const DevicePagerParams& p, OrderShared& s, int rows,
+                                              const RowState& mine, const int* root, GridBarrier& barrier) {
   const int row = threadIdx.x, mask = (1 << p.page_shift) - 1;
-  const bool share = row < rows && p.row_share[row];
-  s.end[row] = share ? p.row_end[row] : 0;
+  const bool share = row < rows && mine.share;
+  s.end[row] = share ? mine.end : 0;
   s.blocks[row] = (s.end[row] + mask) >> p.page_shift;
   s.rank[row] = s.common[row] = 0;
-  s.parted[row] = -1;
-  const Sharers sharers = start_class(s, share);
-  bool active = sharers.total > 0;
-  if (root) active = start_roots(p, s, root, rows);
+  s.parent[row] = s.leader[row] = -1;
+  s.from[row] = s.to[row] = s.node[row] = 0;
+  const int shift = root ? 0 : p.state->sample_shift;
+  Sharers sharers = count_sharers(s, share);
+  bool active = sharers.total > 1, proposed = active && shift > 0;
+  Comparers comparers{static_cast<int>(gridDim.x), static_cast<int>(blockIdx.x)};
+  if (proposed) {
+    const OwnRows own = own_rows(rows);
+    propose_leaders(p, s, rows, shift, own);
+    comparers = own.comparers;
+  } else if (active && root) {
+    active = lead_by_roots(p, s, root);
+  } else if (active) {
+    lead_by(s, sharers.first);
+  }
 #pragma unroll 1
   for (int round = 0; active; ++round) {
-    compare_rows(p, s, rows, round);
+    compare_rows(p, s, rows, round, comparers);
+    comparers = {static_cast<int>(gridDim.x), static_cast<int>(blockIdx.x)};
     barrier.arrive();
-    // Meanwhile: the pairs of the round before.
-    rank_rows(p, s, rows);
-    clear_classes(s);
+    clear_classes(s);  // meanwhile
     barrier.wait();
-    load_results(p, s, round);
-    active = split_classes(s, round);
+    const Mismatch found = row < rows ? __ldcg(p.mismatch + round % 3 * p.max_rows + row) : 0;
+    if (proposed && round == 0) load_proposals(p, s, share && row != sharers.first, sharers.first);
+    take_results(p, s, found);
+    if (round > 0 && s.leader[row] >= 0 && (s.lcp[row] - s.from[row]) >> sample_shift(sharers.longest))
+      atomicOr(&s.deep, 1);
+    const int slot = join_class(s, round);
+    if (__syncthreads_or(proposed && contradicts(s))) {
+      proposed = false, sharers.contradicted = true;
+      lead_by(s, sharers.first);
+    } else {
+      s.node[row] = tree_node(s);
+      active = assign_leaders(s, slot);
+    }
   }
-  rank_rows(p, s, rows);
+  sharers.deep = s.deep;
+  rank_rows(p, s, rows, root);
   __syncthreads();
   if (share && row % gridDim.x == blockIdx.x) {
     p.sorted_rows[s.rank[row]] = row;

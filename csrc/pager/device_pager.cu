@@ -21,6 +21,9 @@ template <bool kRanged>
 __global__ void __launch_bounds__(kPagerRows, 1) build_kernel(const __grid_constant__ DevicePagerParams p) {
   ptx::grid_dependency_launch();  // the schedule comes in as CTAs leave
   const PagerState& state = *p.state;
+  const int row = threadIdx.x;
+  // Not after the state has said that they are wanted: one latency after the other is what a small build takes.
+  const RowState row_state = row < p.max_rows ? RowState{p.row_end[row], p.row_share[row]} : RowState{0, 0};
   const int rows = state.rows;
   // CTA 0 changes these words only where all CTAs have passed a barrier since, or writes what they are.
   const unsigned long long violation = state.violation;
@@ -30,7 +33,7 @@ __global__ void __launch_bounds__(kPagerRows, 1) build_kernel(const __grid_const
   if (!append) {
     const int* root = nullptr;
     if constexpr (kRanged) root = complete_rows(p, shared_memory<RangesShared>(), rows, barrier);
-    sharers = order_rows(p, shared_memory<OrderShared>(), rows, root, barrier);
+    sharers = order_rows(p, shared_memory<OrderShared>(), rows, row_state, root, barrier);
     barrier.arrive();
   }
   if (blockIdx.x == 0) {

@@ -10,7 +10,9 @@
 //    compared with one leader from where they are known to agree, and split by (where they leave it, the page there).
 //    Ids are compared, never hashes of them, and no invariant of the cache is relied on. Over all rounds each entry is
 //    compared about once: B x length loads, whatever is shared. A batch with one prefix, or with nothing shared, takes
-//    one round; a tree takes about its height. Leaders are drawn by hash, so that a chain of B prefixes takes log B.
+//    one round; a tree takes about its height, or one round if the last build found one too: samples of the rows then
+//    propose what to compare (device_proposals.cuh). Leaders are drawn by hash, so that a chain of B prefixes takes
+//    log B.
 // 2. Forest. One CTA: the tree of common prefixes, decisions bottom-up, segments, row -> segments.
 // 3. Emit, only if the canonical arrays are wanted: page_indices, run_indptr and runs.
 //
@@ -37,9 +39,10 @@
 //   256 x 8192, 5 levels     44.7, append 12.8      34.2, append 7.6
 //   1,024 x 8192, own        49.5, append 31.2      22.0, append 11.7
 //   1,024 x 8448, prefix     65.7, append 32.5      27.6, append 12.2
-// Append is the snapshot's 8 bytes of memory per entry. A level of a tree adds 4 to 5 us to a rebuild: a comparison and
-// a barrier of the grid. Of the 13 us that a build takes at 256 rows, whatever their length, 3 are its two barriers, 3
-// the latency of the comparison, and 5 the forest.
+// These are of revision 84473ef, which had no proposals: there a level of a tree adds 4 to 5 us to a rebuild, a
+// comparison and a barrier of the grid. Looking for proposals takes 2 us, 4 us with 1,024 rows, and saves all rounds
+// but the first. Append is the snapshot's 8 bytes of memory per entry. Of the 13 us that a build takes at 256 rows,
+// whatever their length, 3 are its two barriers, 3 the latency of the comparison, and 5 the forest.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -52,6 +55,7 @@ constexpr int kPagerRows = 1024;       // rows of a batch: one thread each
 constexpr int kSnapshotChunk = 512;    // entries that a warp copies at a time
 constexpr int kTableAlign = 128;       // entries: a row of the table begins at 512 bytes
 constexpr int kCompareTile = 512;      // entries that a warp compares at a time
+constexpr int kSamples = 16;           // entries of a row, at most, that propose what it shares
 constexpr int kEmitTile = 256;         // page entries that a warp writes at a time
 constexpr int kMaxRowPages = 1 << 20;  // a violation's block takes 20 bits of its report
 
@@ -63,6 +67,9 @@ struct PagerState {
   int changed;      // a snapshot since the last build was no mere append
   int forest_rows;  // B of the last build; 0: none
   int appendable;   // appending tokens to rows changes nothing but the ends of `own_segment`
+  // Entry i << sample_shift of a row is its sample i; 0: none are kept. The next snapshot writes them all, or only what
+  // has changed.
+  int sample_shift, resample;
 };
 
 struct IntegerArray {
@@ -105,6 +112,9 @@ struct DevicePagerParams {
   int* row_begin;    // [max_rows] first position of each row
   int* given_begin;  // [max_rows] as the caller gave it
   int* anchor;       // [max_rows] the row whose top a row borrows; -1: none
+  // Only if not ranged, else nullptr.
+  int* samples;    // [kSamples, max_rows]
+  int* proposals;  // [max_rows, 2] scratch: the row that a row is compared with first, and up to which entry
 
   int* forest_end;  // [max_rows] row_end and row_share of the last build
   int* forest_share;
@@ -140,6 +150,7 @@ struct DevicePagerParams {
 template <class Visit>
 int64_t lay_out_arrays(DevicePagerParams& p, int* base, int64_t row_pages, int ctas, Visit visit) {
   const int64_t rows = p.max_rows, of_ranged = p.ranged ? rows : 0, segments = 2 * rows + of_ranged;
+  const int64_t of_sampled = rows - of_ranged;
   const int64_t entries = p.emit ? rows * row_pages + segments : 0;
   const int64_t tiles = (entries + kEmitTile - 1) / kEmitTile, if_emit = p.emit;
   int64_t at = 0;
@@ -157,6 +168,8 @@ int64_t lay_out_arrays(DevicePagerParams& p, int* base, int64_t row_pages, int c
   take(p.row_begin, "row_begin", of_ranged);
   take(p.given_begin, "given_begin", of_ranged);
   take(p.anchor, "anchor", of_ranged);
+  take(p.samples, "samples", kSamples * of_sampled);
+  take(p.proposals, "proposals", 2 * of_sampled);
   take(p.forest_end, "forest_end", rows);
   take(p.forest_share, "forest_share", rows);
   take(p.own_segment, "own_segment", rows);

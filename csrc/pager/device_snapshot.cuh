@@ -116,11 +116,16 @@ __device__ __forceinline__ void load_ids(const SnapshotInput& in, const RowSourc
   }
 }
 
-// Writes the pages of blocks [block, block + 4) of [first, blocks) where they differ from `old`. Returns whether an
-// entry of the last build has changed.
+struct Sampling {
+  int shift;  // 0: none
+  bool all;   // samples that have not changed are written too
+};
+
+// Writes the pages of blocks [block, block + 4) of [first, blocks) where they differ from `old`, and a sample of them.
+// Returns whether an entry of the last build has changed.
 __device__ __forceinline__ bool store_pages(const DevicePagerParams& p, int row, int block, int first, int blocks,
                                             int old_blocks, int id_shift, const int (&ids)[4], const int4& old,
-                                            int4* stored) {
+                                            int4* stored, const Sampling& sampling) {
   const int was[4] = {old.x, old.y, old.z, old.w};
   int pages[4];
   bool differs = false, old_differs = false;
@@ -137,12 +142,16 @@ __device__ __forceinline__ bool store_pages(const DevicePagerParams& p, int row,
     old_differs |= pages[k] != was[k] && block + k < old_blocks;
   }
   if (differs) *stored = make_int4(pages[0], pages[1], pages[2], pages[3]);
+  if (sampling.shift > 0 && (differs || sampling.all)) {
+    const int sample = block >> sampling.shift;
+    if (sample << sampling.shift == block && sample < kSamples) p.samples[sample * p.max_rows + row] = pages[0];
+  }
   return old_differs;
 }
 
 template <bool kRanged>
 __device__ __forceinline__ bool copy_chunk(const DevicePagerParams& p, const SnapshotInput& in, const SnapshotShared& s,
-                                           int chunk) {
+                                           const Sampling& sampling, int chunk) {
   const int row = find_interval(s.chunk_begin, in.rows, chunk);
   const int first_block = kRanged ? s.begin[row] >> p.page_shift : 0, blocks = s.blocks[row];
   const int first = (first_block & ~3) + (chunk - s.chunk_begin[row]) * kSnapshotChunk + 4 * (threadIdx.x & 31);
@@ -164,8 +173,8 @@ __device__ __forceinline__ bool copy_chunk(const DevicePagerParams& p, const Sna
   for (int i = 0; i < kVectors; ++i) {
     const int block = first + i * 128;
     if (block < blocks) {
-      changed |=
-          store_pages(p, row, block, first_block, blocks, old_blocks, id_shift, ids[i], old[i], stored + block / 4);
+      changed |= store_pages(p, row, block, first_block, blocks, old_blocks, id_shift, ids[i], old[i],
+                             stored + block / 4, sampling);
     }
   }
   return changed;
@@ -176,6 +185,7 @@ __global__ void __launch_bounds__(kSnapshotThreads, 2)
     snapshot_kernel(const __grid_constant__ DevicePagerParams p, const __grid_constant__ SnapshotInput in) {
   SnapshotShared& s = shared_memory<SnapshotShared>();
   const int mask = (1 << p.page_shift) - 1, old_rows = p.state->forest_rows;
+  const Sampling sampling{kRanged ? 0 : p.state->sample_shift, p.state->resample != 0};
   int chunks[kRowsPerThread], sum = 0, total;
 #pragma unroll
   for (int k = 0; k < kRowsPerThread; ++k) {
@@ -212,7 +222,7 @@ __global__ void __launch_bounds__(kSnapshotThreads, 2)
   const int warps = gridDim.x * (kSnapshotThreads / 32);
   bool changed = false;
   for (int chunk = (threadIdx.x >> 5) * gridDim.x + blockIdx.x; chunk < total; chunk += warps) {
-    changed |= copy_chunk<kRanged>(p, in, s, chunk);
+    changed |= copy_chunk<kRanged>(p, in, s, sampling, chunk);
   }
   // Once per CTA: thousands of stores to one word would take their turns.
   if (__syncthreads_or(changed) && threadIdx.x == 0) p.state->changed = 1;

@@ -11,7 +11,7 @@ import torch
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("no Hopper GPU", allow_module_level=True)
 
-from gpu.pager_cases import COSTS, Batch, check_equal, cpu_pager, device_pager, random_batch, step
+from gpu.pager_cases import COSTS, Batch, check_equal, cpu_pager, device_pager, random_batch, slots_of, step
 
 from flashcore_sglang.config import SHARE_ALWAYS
 from flashcore_sglang.device_pager import DevicePager
@@ -89,6 +89,30 @@ def test_step_after_step_equals_the_cpu_pagers(page_size):
             appended += want.appended
             batch = mutate(batch, rng)
     assert appended > 20
+
+
+def tree_batch(page_size: int, seed: int, *, broken: bool) -> Batch:
+    """60 rows in groups of 20 and of 5. `broken`: some rows differ from their group in one block and agree after it."""
+    rows, blocks = 60, 200
+    pages = 1 + torch.randperm((rows + 1) * blocks, generator=torch.Generator().manual_seed(seed)).view(-1, blocks)
+    for group, shared in ((5, 181), (20, 150), (60, 103)):
+        leaders = torch.arange(rows) // group * group + 1
+        pages[1:, :shared] = pages[leaders, :shared]
+    num_pages = pages.numel() + 1 + rows
+    if broken:
+        pages[3::7, 33] = num_pages - 1 - torch.arange(len(pages[3::7])) // 2
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+    return Batch(page_size, slots_of(pages, page_size), order + 1, torch.full((rows,), blocks * page_size), num_pages)
+
+
+@pytest.mark.parametrize("page_size", [1, 64])
+def test_rebuilds_of_trees_equal_the_cpu_pagers(page_size):
+    """Samples of the rows propose what to compare, if the last forest was a tree; broken trees are not as they say."""
+    trees = [tree_batch(page_size, seed, broken=seed in (2, 3, 5)) for seed in range(8)]
+    part = replace(trees[0], rows=trees[0].rows[:37].clone(), lens=trees[0].lens[:37] - 5 * page_size)
+    pager, cpu = device_pager(trees[0]), cpu_pager(trees[0])
+    for batch in (*trees, part, *trees):
+        check_equal(step(pager, batch).to_cpu(), cpu.step(batch.table, batch.rows, batch.lens))
 
 
 def test_a_batch_that_changes_size_equals_the_cpu_pagers():
