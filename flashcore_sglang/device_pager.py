@@ -190,7 +190,7 @@ class DevicePager:
     def build(self, page_resident_bitmap: torch.Tensor | None = None) -> None:
         """The layout of the last snapshot, into the buffers of ``layout``. One launch, current stream, capturable.
 
-        Two pagers may build at the same time; one pager is used from one stream at a time.
+        All blocks wait for one another, so two pagers of a process do not build on two streams at the same time.
 
         Args:
             page_resident_bitmap: for a pager that is ``staging``, as for ``layout.build_layout``; None: all pages are

@@ -37,6 +37,7 @@ def facts_of(model_runner: Any) -> ServingFacts:
         serves_prefill=serves_prefill(model_runner),
         context_parallel=max(getattr(args, "dcp_size", 1) or 1, getattr(args, "attn_cp_size", 1) or 1),
         torch_compile=bool(getattr(args, "enable_torch_compile", False)),
+        pdmux=bool(getattr(args, "enable_pdmux", False)),
         triton_runs=triton_runs(),
         layers=tuple(
             LayerFacts(

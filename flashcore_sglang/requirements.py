@@ -75,6 +75,7 @@ class ServingFacts:
     serves_prefill: bool = True
     context_parallel: int = 1
     torch_compile: bool = False
+    pdmux: bool = False  # prefill and decode on streams of their own, at a time
     triton_runs: bool = True
     layers: tuple[LayerFacts, ...] = ()
 
@@ -279,6 +280,11 @@ def _option_refusals(facts: ServingFacts) -> list[str | None]:
         (
             "torch.compile: want it off on a CPU, got on; leave out --enable-torch-compile"
             if facts.torch_compile and facts.device == "cpu"
+            else None
+        ),
+        (
+            "pdmux: want one stream, got several, and the pager needs every SM at once; leave out --enable-pdmux"
+            if facts.pdmux and facts.device == "cuda"
             else None
         ),
         (

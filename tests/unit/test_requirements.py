@@ -72,6 +72,9 @@ def test_supported_configuration_is_not_refused(page_size, dtype):
         ({"layers": layer(logit_capping_method="sigmoid")}, "model: want logits capped by tanh, got sigmoid"),
         ({"layers": layer(pos_encoding_mode="ALIBI")}, "model: want positions encoded outside of attention"),
         ({"context_parallel": 2}, "context parallelism: want 1, got 2; leave out --dcp-size"),
+        (
+            "pdmux: want one stream, got several",
+        ),
         ({"torch_compile": True}, "torch.compile: want it off on a CPU, got on; leave out --enable-torch-compile"),
         (
             {"page_size": 16, "triton_runs": False},
@@ -91,6 +94,7 @@ GPU = replace(GOOD, device="cuda", capability="9.0", kv_cache_dtype="bfloat16", 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"pdmux": True}, "pdmux: want one stream, got several"),
         ({"capability": "8.0"}, "GPU: want a Hopper (compute capability 9.0), got 8.0"),
         (
             {"kv_cache_dtype": "float32", "model_dtype": "float32"},
