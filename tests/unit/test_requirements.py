@@ -72,9 +72,6 @@ def test_supported_configuration_is_not_refused(page_size, dtype):
         ({"layers": layer(logit_capping_method="sigmoid")}, "model: want logits capped by tanh, got sigmoid"),
         ({"layers": layer(pos_encoding_mode="ALIBI")}, "model: want positions encoded outside of attention"),
         ({"context_parallel": 2}, "context parallelism: want 1, got 2; leave out --dcp-size"),
-        (
-            "pdmux: want one stream, got several",
-        ),
         ({"torch_compile": True}, "torch.compile: want it off on a CPU, got on; leave out --enable-torch-compile"),
         (
             {"page_size": 16, "triton_runs": False},
