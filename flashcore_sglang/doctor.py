@@ -90,7 +90,7 @@ def refused() -> list[str]:
         {**gpu, "layers": (LayerFacts(0, 8, 2, 96, 96),)},
         {"draft_tokens": 8, "draft_branches": 4, "layers": (LayerFacts(0, 8, 2, sliding_window_size=4095),)},
         {"page_size": 48},
-        {"kv_cache_dtype": "fp8_e4m3"},
+        {"kv_cache_dtype": "float8_e5m2"},
         {"speculative_algorithm": "DFLASH"},
         {"deterministic": True},
     )

@@ -23,6 +23,8 @@ def attention(
     logit_cap: float = 0.0,
     visible: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    k_scale: torch.Tensor | float | None = None,
+    v_scale: torch.Tensor | float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of T queries over L keys.
 
@@ -30,12 +32,14 @@ def attention(
         q: [T, H, D]. k: [L, G, D]; query head h reads KV head h * G // H. v: [L, G, Dv].
         scale: multiplies q.k. logit_cap: 0 is none. visible: [T, L] bool; None: all.
         sinks: [H], the logit of a key without a value.
+        k_scale, v_scale: what k and v, cached in a narrow type, are to be multiplied with: a number, [1] or [G].
 
     Returns:
         out [T, H, Dv] float64 and lse [T, H] float64 (natural); 0 and -inf where nothing is visible.
     """
     repeat = q.shape[1] // k.shape[1]
-    q, k, v = q.double(), k.double().repeat_interleave(repeat, 1), v.double().repeat_interleave(repeat, 1)
+    q, k, v = q.double(), _scaled(k, k_scale), _scaled(v, v_scale)
+    k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
     s = torch.einsum("thd,lhd->thl", q, k) * scale
     if logit_cap > 0:
         s = logit_cap * torch.tanh(s / logit_cap)
@@ -68,8 +72,8 @@ def extend(
     scale: float,
     logit_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
-    k_scale: torch.Tensor | float = 1.0,
-    v_scale: torch.Tensor | float = 1.0,
+    k_scale: torch.Tensor | float | None = None,
+    v_scale: torch.Tensor | float | None = None,
     causal: bool = True,
     window_left: int = -1,
     chunk: int = 0,
@@ -79,7 +83,7 @@ def extend(
 
     Args:
         q: [sum(q_lens), H, D], request after request. k_cache, v_cache: [slots, G, D], token-major.
-        k_scale, v_scale: what the cached values are to be multiplied with: a number, [1] or [G].
+        k_scale, v_scale: as for ``attention``.
         req_to_token, req_pool_indices, seq_lens: SGLang's tables on the CPU, see ``layout.build_layout_from_slots``.
         causal: False: every token sees all positions of its request.
         window_left: positions that a token sees before its own; -1: all.
@@ -103,21 +107,24 @@ def extend(
             mask_at += q_len * seq_len
         out, _ = attention(
             q[at : at + q_len],
-            _scaled(k_cache[slots], k_scale),
-            _scaled(v_cache[slots], v_scale),
+            k_cache[slots],
+            v_cache[slots],
             scale=scale,
             logit_cap=logit_cap,
             visible=visible.to(q.device),
             sinks=sinks,
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
         outs.append(out)
         at += q_len
     return torch.cat(outs) if outs else q.new_zeros(0, q.shape[1], v_cache.shape[2], dtype=torch.float64)
 
 
-def _scaled(values: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
+def _scaled(values: torch.Tensor, scale: torch.Tensor | float | None) -> torch.Tensor:
     """[n, G, D] cached values as they are meant, float64."""
-    return values.double() * (scale.double().view(1, -1, 1) if isinstance(scale, torch.Tensor) else scale)
+    factor = scale.double().view(1, -1, 1) if isinstance(scale, torch.Tensor) else 1.0 if scale is None else scale
+    return values.double() * factor
 
 
 def merge(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,20 +6,23 @@
 // leave (O, lse2) in fp32 for merge.cu. (Merging in here, by whoever brings the last piece, was tried: its fence takes
 // up to 9 us while memory is busy.) Decode has no causal mask inside a segment, so a tile is any 128 tokens.
 //
-// Grid: one CTA per SM, 384 threads.
+// Grid: one CTA per SM, 384 threads; over an e4m3 cache 512.
 //   warp 0           feeder: claims items and posts them to a ring.
 //   warps 1, 2       K and V loaders: a tile in one TMA box if its slots are consecutive, else 32 or 8 consecutive
 //                    slots by a box and anything else by cp.async. Page indices are asked for two tiles ahead.
 //   warp 3           q loader: the item's q_rows, and where their results go.
 //   warps 4-7, 8-11  two consumer warpgroups (224 registers), 64 q_rows each. Wide item (> 64 q_rows): both work on
 //                    every tile. Narrow item: one of them, in turn, so that an epilogue overlaps the other's products.
+//   warps 12-15      over an e4m3 cache: converter (converter.cuh). The loaders bring e4m3 tiles, it makes fp16 tiles
+//                    of them, exactly, and the consumers do as ever: q as fp16, scales on scores and results.
 // A CTA starts with an item that the schedule has set aside for it, and takes from the wide or the narrow list
 // (header.wide_ctas), then from the other one: compute-bound and memory-bound items run beside each other.
 //
 // Narrow items use the same M = 64 tiles with most rows empty: a 128-token tile costs a warpgroup about 1 us, its
 // loading 2.8 us at 1/132 of the bandwidth. Swapping A and B would save power, not time.
 //
-// Shared memory, D 128: 3 buffers each of K and V, 128 tokens x 256 B, + q 32 KiB + 2.9 KiB.
+// Shared memory, D 128: 3 buffers each of K and V, 128 tokens x 256 B, + q 32 KiB + 2.9 KiB. With a converter: 2 of
+// each, and before them 2 of each of 128 B a token.
 // A tile lies as [8-token group][64 elements of d][8 tokens][128 B], 128-byte swizzled.
 //
 // Measured on an H100 (scripts/bench_decode.py): 64 x 8192 tokens 3.04 TB/s, the speed of a copy; wide items

@@ -8,7 +8,7 @@
 // piece that the others' q_rows are masked from. So no result is ever in parts, except where a tile is cut into chunks
 // because there are too few of them; the last chunk to finish then merges all, in their order.
 //
-// Grid: one CTA per SM, 384 threads; d 64: 512.
+// Grid: one CTA per SM, 384 threads; d 64, or an e4m3 cache: 512.
 //   warp 0           planner: takes items, turns page ids into slots two tiles ahead of the loaders
 //   warps 1-3        loaders: q, K, V. 128 consecutive slots are one TMA box, 8 consecutive ones a small box, others
 //                    come by cp.async. What extend_gather.cu has copied is one box always
@@ -16,6 +16,8 @@
 //                    The softmax of a tile runs while the tensor cores do P V of the tile before and the other
 //                    warpgroup's products. d 64 has as much softmax for half the products: a third warpgroup there (160
 //                    registers), so that the schedulers have more to choose from
+//   warps 12-15      over an e4m3 cache: converter (extend_converter.cuh); consumers with 224 registers, at d 64 two
+//                    warpgroups of them
 //
 // Shared memory, D 128: 6 buffers of 128 tokens x 256 B (K, V, K, V, ...) + q 32 KiB + 2.3 KiB = 226.3 KiB. The layout
 // of a tile is decode's (tiles.cuh).

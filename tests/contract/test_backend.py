@@ -168,7 +168,7 @@ def test_an_e4m3_cache_is_written_and_read_with_the_layers_scales(k_scale, v_sca
     backend, layer = FlashCoreSparseBackend(scheduler.runner), scheduler.runner.model[0]
     layer.k_scale, layer.v_scale = k_scale, v_scale
     row = scheduler.add(list(range(40)))[0]
-    scales = {name: 1.0 if x is None else x for name, x in (("k_scale", k_scale), ("v_scale", v_scale))}
+    scales = {"k_scale": k_scale, "v_scale": v_scale}
     for tokens in (40, 1):
         if tokens == 1:
             scheduler.append(row, 7)
@@ -179,7 +179,7 @@ def test_an_e4m3_cache_is_written_and_read_with_the_layers_scales(k_scale, v_sca
         got = (backend.forward_extend if tokens > 1 else backend.forward_decode)(q, k, v, layer, batch)
         assert torch.equal(k, before[0]) and torch.equal(v, before[1])  # the pool itself would divide them in place
         close(got, wanted(scheduler, batch, q, **scales))
-        stored = reference._scaled(scheduler.pool.get_key_buffer(0)[batch.out_cache_loc], scales["k_scale"])
+        stored = reference._scaled(scheduler.pool.get_key_buffer(0)[batch.out_cache_loc], k_scale)
         torch.testing.assert_close(stored, k.double(), rtol=2**-4, atol=2**-9)
 
 

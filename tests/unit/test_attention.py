@@ -346,7 +346,7 @@ def test_attend_on_an_e4m3_cache_equals_reference_on_its_values(q_lens, k_scale,
     indices, lens, counts = case.vectors
     plan, options = ops.plan(case.layout(), lens, counts), {"scale": case.scale, "logit_cap": 5.0}
     got = ops.attend(case.q, case.k, case.v, plan, k_scale=k_scale, v_scale=v_scale, **options)
-    scales = {name: 1.0 if x is None else x for name, x in (("k_scale", k_scale), ("v_scale", v_scale))}
+    scales = {"k_scale": k_scale, "v_scale": v_scale}
     want = reference.extend(
         case.q, case.k, case.v, case.table, indices, lens, counts, page_size=case.batch.page_size, **scales, **options
     )
