@@ -89,7 +89,7 @@ def refused() -> list[str]:
         {"layers": (LayerFacts(0, 8, 2, has_temperature=True),)},
         {**gpu, "layers": (LayerFacts(0, 8, 2, 96, 96),)},
         {"page_size": 48},
-        {"kv_cache_dtype": "fp8_e4m3"},
+        {"kv_cache_dtype": "float8_e5m2"},
         {"speculative_algorithm": "DFLASH"},
         {"deterministic": True},
     )

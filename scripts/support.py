@@ -72,6 +72,17 @@ ROWS: list[tuple[str, list[str], list[str]]] = [
         ],
     ),
     (
+        "FP8 KV cache (`--kv-cache-dtype fp8_e4m3`), scales of any kind",
+        [
+            "unit/test_attention.py::test_attend_on_an_e4m3_cache_equals_reference_on_its_values",
+            "contract/test_backend.py::test_an_e4m3_cache_is_written_and_read_with_the_layers_scales",
+        ],
+        [
+            "gpu/test_decode_fp8.py::test_scales_of_any_kind_are_applied",
+            "gpu/test_extend_fp8.py::test_scales_of_any_kind_are_applied",
+        ],
+    ),
+    (
         "sliding windows, in one pool or in a pool of their own",
         [
             "contract/test_sliding_window.py::test_full_and_windowed_layers_of_a_step",
