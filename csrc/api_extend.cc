@@ -65,8 +65,8 @@ void extend_schedule(TensorView sizes, TensorView row_order, TensorView segment_
   FC_CHECK(table_stride >= 1 && table_stride * page_size < (int64_t{1} << 31))
       << "table_stride: want 1 .. 2^31 - 1 tokens, got " << table_stride << " pages of " << page_size;
   FC_CHECK(visible >= 0 && visible <= 2) << "visible: want 0 (causal), 1 (all) or 2 (masked), got " << visible;
-  FC_CHECK(window_left < 0 || visible == 0)
-      << "window_left: want causal attention with a window, got visible " << visible;
+  FC_CHECK(window_left < 0 || visible != 1)
+      << "window_left: want causal attention or a mask with a window, got visible " << visible;
   log2_of(page_size);
   ScheduleParams p{};
   p.work = checked_workspace(workspace, w);

@@ -10,10 +10,23 @@ It has the methods of ``DevicePager`` that ``GpuDecode`` and ``GpuExtend`` use, 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from flashcore_sglang.device_pager import DeviceLayout
 from flashcore_sglang.reach import Reach
+
+
+class _Cut(NamedTuple):
+    """What the last snapshot read: of each request its length and the position of its first query; of each row its
+    base, and its request if that is not the row's own number; the most queries of a request."""
+
+    lens: torch.Tensor
+    first: torch.Tensor
+    bases: torch.Tensor
+    request: torch.Tensor | None
+    max_queries: int
 
 
 class DeviceWindow:
@@ -56,6 +69,19 @@ class DeviceWindow:
         self._table = torch.zeros(max_rows * self._stride, **ints)
         self._entries = self._rows * self._stride
         self._step_table, self._step_entries, self._step_stride = self._table, self._entries, self._stride
+        self._max_queries = max_queries
+        self._mask = self._step_mask = torch.ones(0, dtype=torch.bool, device=device)
+        self._cut: _Cut | None = None
+
+    def make_mask(self, max_requests: int) -> None:
+        """Room for the masks of trees of ``max_queries`` drafts, which then do not move."""
+        rows = self.rows_of(max_requests, max_requests * self._max_queries)
+        self._mask = self._mask.new_ones(rows * self._max_queries * self._stride * self.page_size)
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """The custom mask of the last snapshot, by positions as they are counted here."""
+        return self._step_mask
 
     @property
     def mebibytes(self) -> float:
@@ -116,10 +142,13 @@ class DeviceWindow:
         pool_rows, width = req_to_token.shape
         rows, ends = req_pool_indices.clamp(0, pool_rows - 1), seq_lens.clamp(0, min(self._max_tokens, width))
         queries = self._one if q_lens is None else torch.minimum(q_lens, ends)
+        of: torch.Tensor | None = None
+        lens, first = ends, ends - queries
         if self.reach.chunk and q_lens is not None:
-            rows, starts, ends, queries = self._split(rows, ends, queries)
+            of, starts, ends, queries = self._split(ends, queries)
+            rows = rows[of]
         else:
-            starts = self.reach.begin(ends - queries).clamp_(min=0)
+            starts = self.reach.begin(first).clamp_(min=0)
         bases = starts if self.page_size == 1 else starts // self.page_size * self.page_size
         positions = (bases[:, None] + self._columns[:stride]).clamp_(max=width - 1)
         slots = req_to_token[rows[:, None], positions]
@@ -133,23 +162,48 @@ class DeviceWindow:
         self._segment_positions[:batch, 1] = self._lens[:batch]
         self._q_lens[:batch] = queries
         self._sizes[:1].fill_(batch)  # a kernel: a copy from the host would wait
+        self._cut = _Cut(lens, first, bases, of, max_queries)
+
+    def take_mask(self, mask: torch.Tensor) -> None:
+        """Cuts a custom mask to what the last snapshot's rows read: their queries by the positions from their base on.
+
+        ``mask``: [sum of q_lens * seq_lens] bool, of the requests of the snapshot.
+        """
+        assert self._cut is not None, "take_mask before snapshot"
+        lens, first, bases, of, max_queries = self._cut
+        queries, held = self.q_lens.long(), self.lens.long().clamp(min=1)
+        sizes = (lens - first) * lens
+        begins = sizes.cumsum(0) - sizes  # of each request in `mask`
+        if of is not None:
+            begins, lens, first = begins[of], lens[of], first[of]
+        skipped = bases + self.lens - queries - first  # queries of the request before the row's
+        cells = queries * held
+        before = cells.cumsum(0)
+        size = self.num_rows * max_queries * self._width(max_queries) * self.page_size
+        self._step_mask = self._mask if size <= self._mask.numel() else self._mask.new_ones(size)
+        cell = torch.arange(size, device=mask.device)
+        row = torch.searchsorted(before, cell, right=True).clamp_(max=self.num_rows - 1)
+        cell -= (before - cells)[row]
+        query, position = cell // held[row], cell % held[row]
+        source = begins[row] + (skipped[row] + query) * lens[row] + bases[row] + position
+        self._step_mask[:size] = mask[source.clamp_(0, mask.numel() - 1)]
 
     def _split(
-        self, rows: torch.Tensor, ends: torch.Tensor, queries: torch.Tensor
+        self, ends: torch.Tensor, queries: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rows, first positions, ends and queries of each chunk that has queries, request after request."""
+        """Request, first position, end and queries of each chunk that has queries, request after request."""
         chunk, first = self.reach.chunk, ends - queries
         first_chunk = first // chunk
         counts = torch.where(queries > 0, (ends - 1) // chunk - first_chunk + 1, 0)
         before = counts.cumsum(0)
         index = self._rows[: self.num_rows].to(before.dtype)
-        of = torch.searchsorted(before, index, right=True).clamp(max=len(rows) - 1)
+        of = torch.searchsorted(before, index, right=True).clamp(max=len(ends) - 1)
         begins = (first_chunk[of] + index - (before - counts)[of]) * chunk
         stops = torch.minimum(ends[of], begins + chunk)
         used = index < before[-1]
         zero = torch.zeros_like(begins)
         queries = torch.where(used, stops - torch.maximum(first[of], begins), zero)
-        return rows[of], torch.where(used, begins, zero), torch.where(used, stops, zero), queries
+        return of, torch.where(used, begins, zero), torch.where(used, stops, zero), queries
 
     def build(self) -> None:
         """Nothing: ``snapshot`` has written all. Here because ``DevicePager`` has it."""

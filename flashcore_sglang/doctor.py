@@ -88,7 +88,6 @@ def refused() -> list[str]:
         {"is_encoder_decoder": True},
         {"layers": (LayerFacts(0, 8, 2, has_temperature=True),)},
         {**gpu, "layers": (LayerFacts(0, 8, 2, 96, 96),)},
-        {"draft_tokens": 8, "draft_branches": 4, "layers": (LayerFacts(0, 8, 2, sliding_window_size=4095),)},
         {"page_size": 48},
         {"kv_cache_dtype": "float8_e5m2"},
         {"speculative_algorithm": "DFLASH"},

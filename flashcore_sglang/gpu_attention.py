@@ -130,12 +130,16 @@ class GpuAttention:
                 "--speculative-eagle-topk 1"
             )
         self._mask = torch.ones(size, dtype=torch.bool, device=self._device)
+        for window in self._windows.values():
+            window.make_mask(max_rows)
 
     def take_mask(self, mask: torch.Tensor) -> None:
         """Copies the mask of a tree of drafts to where captured steps read it, if there are any."""
         if self._mask is not None:
             size = min(mask.numel(), self._mask.numel())  # SGLang may allocate more than the lengths take
             self._mask[:size] = mask[:size]
+            for window in self._windows.values():
+                window.take_mask(mask)
 
     def snapshot(self, step: Step, req_to_token: torch.Tensor, slot_map: torch.Tensor | None) -> GpuStep:
         """Copies what the step reads. Nothing is read on the host. Not for capture.
@@ -147,9 +151,6 @@ class GpuAttention:
             # What a graph reads must not move: SGLang's lengths leave the drafts out, its masks are new every step.
             self._lens[: step.num_rows] = step.seq_lens
             step = replace(step, seq_lens=self._lens[: step.num_rows], q_lens=self._q_lens[: step.num_rows])
-            if mask is not None and self._mask is not None:
-                self.take_mask(mask)
-                mask = self._mask
         if self._pager:
             self._pager.snapshot(req_to_token, step.req_pool_indices, step.seq_lens)
         for (_, translated), window in self._windows.items():
@@ -162,6 +163,12 @@ class GpuAttention:
                 max_queries=step.max_queries,
                 slot_map=slot_map if translated else None,
             )
+        if mask is not None and self._mask is not None:
+            self.take_mask(mask)
+            mask = self._mask
+        elif mask is not None:
+            for window in self._windows.values():
+                window.take_mask(mask)
         for kernels in self._kernels.values():
             kernel = kernels.of(step)
             assert kernel is not None, "a step that is not served"
@@ -273,8 +280,11 @@ class GpuStep:
         **options: Any,
     ) -> None:
         """One layer, into ``out``; arguments and errors as ``GpuDecode.attend``. Capturable."""
-        kernel = self._attention.of_layer(layer_id).of(self._step)
+        kernels = self._attention.of_layer(layer_id)
+        kernel, mask = kernels.of(self._step), self._mask
         if isinstance(kernel, GpuExtend):
-            kernel.attend(q, k_cache, v_cache, out, custom_mask=self._mask, **options)
+            if mask is not None and kernels.window:
+                mask = kernels.window.mask
+            kernel.attend(q, k_cache, v_cache, out, custom_mask=mask, **options)
         elif kernel:
             kernel.attend(q, k_cache, v_cache, out, **options)

@@ -103,7 +103,7 @@ def plan(
         q_lens:   [B] CPU, queries of each row; None: one each (decode). Rows without tokens have no keys: zeros.
         reach:    how far back the queries see. Segments are read from the first position on that one of theirs sees.
         custom_mask: [sum of q_lens * seq_lens] CPU bool, in place of the causal rule: for each row its queries by its
-                  positions; True is seen. Not with a ``reach``.
+                  positions; True is seen, as far as ``reach`` goes.
         slot_map: [slots] the slot that stands for each slot of the layout, in another pool; None: itself.
 
     Raises ValueError if the layout is incomplete or the vectors do not fit it.
@@ -134,51 +134,58 @@ class _Queries:
     """The query tokens of a step, row after row, and what they see."""
 
     def __init__(self, lens: list[int], counts: list[int], reach: Reach, custom_mask: torch.Tensor | None) -> None:
-        if custom_mask is not None and not reach.everything:
-            raise ValueError(f"custom_mask: want one where tokens see everything else, got {reach}")
+        if custom_mask is not None and reach.ahead:
+            raise ValueError("custom_mask: want a decoder's layers, got an encoder's, which see everything")
         self.lens, self.counts, self.reach, self.mask = lens, counts, reach, custom_mask
         self.first_token = [0, *itertools.accumulate(counts)]
         self._first_mask = [0, *itertools.accumulate(c * n for c, n in zip(counts, lens, strict=True))]
 
     def read(self, rows: list[int], begin: int, end: int, slots: slice | torch.Tensor) -> SegmentRead | None:
         """The read of a segment by those queries of ``rows`` that see any of it; None: none does."""
-        tokens: list[int] = []
-        positions: list[int] = []
+        seen: dict[int, tuple[int, int]] = {}  # of a row's queries
         for row in rows:
             first, count = self.lens[row] - self.counts[row], self.counts[row]
             # Queries before the segment see nothing of it, unless a mask says so; nor do those that begin behind it.
             skipped = max(0, begin - first) if self.mask is None and not self.reach.ahead else 0
             stop = min(count, last - first) if (last := self.reach.stop(end)) is not None else count
             if skipped < stop:
-                tokens.extend(range(self.first_token[row] + skipped, self.first_token[row] + stop))
-                positions.extend(range(first + skipped, first + stop))
-        if not tokens:
+                seen[row] = skipped, stop
+        if not seen:
             return None
-        visible = None if self.mask is None else self._visible(rows, begin, end)
-        if (seen := max(begin, self.reach.begin(min(positions)))) > begin:
-            slots = slice(slots.start + seen - begin, slots.stop) if isinstance(slots, slice) else slots[seen - begin :]
-            begin = seen
-        masked = min(positions) < end - 1 or self.reach.begin(max(positions)) > begin
-        masked = masked and not self.reach.ahead
+        tokens = [self.first_token[row] + i for row, (skipped, stop) in seen.items() for i in range(skipped, stop)]
+        positions = torch.tensor(
+            [
+                self.lens[row] - self.counts[row] + i
+                for row, (skipped, stop) in seen.items()
+                for i in range(skipped, stop)
+            ]
+        )
+        below = max(0, self.reach.begin(int(positions.min())) - begin)  # tokens that none of the queries sees
+        if below:
+            begin += below
+            slots = slice(slots.start + below, slots.stop) if isinstance(slots, slice) else slots[below:]
+        masked = int(positions.min()) < end - 1 or self.reach.begin(int(positions.max())) > begin
         return SegmentRead(
             slots=slots,
             tokens=_as_slice(tokens),
-            positions=torch.tensor(positions) if masked else None,
+            positions=positions if masked and not self.reach.ahead else None,
             begin=begin,
             length=end - begin,
             reach=self.reach,
-            visible=visible,
+            visible=self._visible(seen, positions, begin, end),
         )
 
-    def _visible(self, rows: list[int], begin: int, end: int) -> torch.Tensor | None:
-        """[queries, end - begin] of the custom mask; None: the rows see all of the segment."""
-        if all(end <= self.lens[row] - self.counts[row] for row in rows):
+    def _visible(
+        self, seen: dict[int, tuple[int, int]], positions: torch.Tensor, begin: int, end: int
+    ) -> torch.Tensor | None:
+        """[queries, end - begin] of the custom mask; None: there is none, or it hides nothing here."""
+        if self.mask is None or all(end <= self.lens[row] - self.counts[row] for row in seen):
             return None
         parts = []
-        for row in rows:
-            mask = self.mask[self._first_mask[row] : self._first_mask[row + 1]]  # type: ignore[index]
-            parts.append(mask.view(self.counts[row], self.lens[row])[:, begin:end].bool())
-        return torch.cat(parts)
+        for row, (skipped, stop) in seen.items():
+            mask = self.mask[self._first_mask[row] : self._first_mask[row + 1]].view(self.counts[row], self.lens[row])
+            parts.append(mask[skipped:stop, begin:end].bool())
+        return torch.cat(parts) & (torch.arange(begin, end) >= self.reach.begin(positions)[:, None])
 
 
 def attend(

@@ -98,13 +98,13 @@ def extend(
         slots = slots_of(req_to_token, index, seq_len, page_size)
         keys, queries = torch.arange(seq_len), torch.arange(seq_len - q_len, seq_len)[:, None]
         visible = keys <= queries if causal else torch.ones(q_len, seq_len, dtype=torch.bool)
-        if window_left >= 0:
-            visible &= keys >= queries - window_left
-        if chunk:
-            visible &= keys >= queries // chunk * chunk
         if custom_mask is not None:
             visible = custom_mask[mask_at : mask_at + q_len * seq_len].view(q_len, seq_len).bool()
             mask_at += q_len * seq_len
+        if window_left >= 0:
+            visible = visible & (keys >= queries - window_left)
+        if chunk:
+            visible = visible & (keys >= queries // chunk * chunk)
         out, _ = attention(
             q[at : at + q_len],
             k_cache[slots],

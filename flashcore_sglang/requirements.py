@@ -248,12 +248,6 @@ def _option_refusals(facts: ServingFacts) -> list[str | None]:
             else None
         ),
         (
-            "speculative decoding: want one branch where layers have a sliding window or chunks, got "
-            f"{facts.draft_branches}; start with --speculative-eagle-topk 1"
-            if facts.draft_tokens and facts.draft_branches > 1 and not all(x.reach.everything for x in facts.layers)
-            else None
-        ),
-        (
             "deterministic inference: want another backend for prefill where layers have a sliding window or chunks, "
             "as sums here depend on how a prompt is cut; start with --attention-backend fa3 --decode-attention-backend "
             "flashcore_sparse"

@@ -25,8 +25,9 @@ DRAFTS, PROMPTS = 4, (300, 301, 30)
 class Verifying:
     """Requests with ``DRAFTS`` slots behind their tokens; the first two share 299 tokens."""
 
-    def __init__(self, branches: int) -> None:
+    def __init__(self, branches: int, window: int = -1) -> None:
         self.runner = make_runner(slots=2048, context=512)
+        self.runner.model[0].sliding_window_size = self.window = window
         args = self.runner.server_args
         args.speculative_algorithm, args.speculative_num_draft_tokens = "EAGLE", DRAFTS
         args.speculative_eagle_topk, self.branches = branches, branches
@@ -83,6 +84,7 @@ class Verifying:
             torch.full((len(self.rows),), DRAFTS),
             page_size=1,
             scale=SCALE,
+            window_left=self.window,
             custom_mask=self.mask if self.branches > 1 else None,
         )
         torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
@@ -97,10 +99,11 @@ def test_verification_equals_the_definition(branches):
 
 
 @pytest.mark.parametrize("captured", [False, True], ids=["eager", "static mask"])
+@pytest.mark.parametrize("window", [-1, 0, 2, 50])
 @pytest.mark.parametrize("branches", [1, 2], ids=["chain", "tree"])
-def test_kernels_get_the_tables_and_the_mask(branches, captured, monkeypatch):
+def test_kernels_get_the_tables_and_the_mask(branches, window, captured, monkeypatch):
     fake_kernels.install(monkeypatch)
-    verifying = Verifying(branches)
+    verifying = Verifying(branches, window)
     backend = verifying.backend
     backend._gpu = backend._make_gpu(verifying.runner)
     if captured:
@@ -108,6 +111,11 @@ def test_kernels_get_the_tables_and_the_mask(branches, captured, monkeypatch):
     verifying.check()
     assert isinstance(backend.forward_metadata, GpuStep)
     verifying.check()  # other slots, the same memory
+
+
+@pytest.mark.parametrize("window", [2, 50])
+def test_tree_with_a_window_equals_the_definition(window):
+    Verifying(2, window).check()
 
 
 def test_mask_that_comes_after_the_plan_is_taken(monkeypatch):

@@ -140,16 +140,22 @@ def test_chunked_local_attention(page_size, chunk, q_lens):
     close(out, case.want(chunk=chunk))
 
 
+@pytest.mark.parametrize("window_left", [None, 1, 100])
 @pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
 @pytest.mark.parametrize("page_size", [1, 16])
-def test_captured_verification(page_size, tree):
+def test_captured_verification(page_size, tree, window_left):
     drafts, lens = 4, [700, 640, 5, 300, 33, 513, 128, 129]
     case = Case(page_size, 4096, 128, [drafts] * len(LENS), False)
     case.lens = torch.tensor(lens, device="cuda")
     case.table[2, :512] = case.table[1, :512]
     for x in (case.k, case.v):
         x[x.isnan()] = 0  # lengths differ from those that the case was made for
-    pager = DevicePager(page_size, max_rows=16, max_tokens=CONTEXT, num_pages=case.pages)
+    sizes = {"max_rows": 16, "max_tokens": CONTEXT, "num_pages": case.pages}
+    if window_left is None:
+        pager = DevicePager(page_size, **sizes)
+    else:
+        pager = DeviceWindow(page_size, reach=Reach(window_left), max_queries=drafts, device="cuda", **sizes)
+        pager.make_mask(16)
     extend = GpuExtend(pager, head_dim=128, max_tokens=16 * drafts, **SHAPE)
     k, v, table, out = case.k.cuda(), case.v.cuda(), case.table.cuda(), torch.empty_like(case.q)
     lens_of_step, mask = torch.full_like(case.lens, drafts), torch.ones(2**16, dtype=torch.bool, device="cuda")
@@ -157,11 +163,25 @@ def test_captured_verification(page_size, tree):
     full = torch.cat([torch.cat([torch.ones(drafts, n - drafts).bool(), visible], 1).flatten() for n in lens])
 
     def snapshot() -> None:
-        extend.snapshot(table, case.indices, lens_of_step)
+        if isinstance(pager, DevicePager):
+            pager.snapshot(table, case.indices, lens_of_step)
+        else:
+            tokens = drafts * len(LENS)
+            pager.snapshot(table, case.indices, lens_of_step, q_lens=case.q_lens, num_tokens=tokens, max_queries=drafts)
+            pager.take_mask(mask)
+        extend.use(len(LENS))
 
     def step() -> None:
-        extend.plan(lens_of_step, case.q_lens, drafts * len(LENS), visible=Visible.MASKED if tree else Visible.CAUSAL)
-        extend.attend(case.q, k, v, out, custom_mask=mask if tree else None, **case.options)
+        windowed = isinstance(pager, DeviceWindow)
+        extend.plan(
+            pager.lens if windowed else lens_of_step,
+            case.q_lens,
+            drafts * len(LENS),
+            visible=Visible.MASKED if tree else Visible.CAUSAL,
+            window_left=window_left if windowed else -1,
+        )
+        seen = (pager.mask if windowed else mask) if tree else None
+        extend.attend(case.q, k, v, out, custom_mask=seen, **case.options)
 
     snapshot()
     graph = captured(step)
@@ -170,7 +190,7 @@ def test_captured_verification(page_size, tree):
     snapshot()
     out.fill_(torch.nan)
     graph.replay()
-    close(out, case.want(custom_mask=full if tree else None))
+    close(out, case.want(custom_mask=full if tree else None, window_left=-1 if window_left is None else window_left))
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])

@@ -55,8 +55,6 @@ def test_kit_verifies_with_a_window():
 @pytest.mark.parametrize("topk", [1, 2], ids=["chain", "tree"])
 @pytest.mark.parametrize("page_size", [1, 16])
 def test_kit_replays_a_verification(page_size, topk, window, monkeypatch):
-    if topk > 1 and window:
-        pytest.skip("refused: a tree with a window")
     with_branches(monkeypatch, topk)
     # The kit writes the prefix a second time, at the slots of its contiguous layout.
     contiguous = functools.partial(kit.build_dense_attention_fixture, loc_layout="contiguous")

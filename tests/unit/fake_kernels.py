@@ -90,11 +90,11 @@ class FakeKernel:
             keys, queries = torch.arange(len(slots)), torch.arange(len(slots) - count, len(slots))[:, None]
             causal = keys <= queries if plan.visible is not Visible.ALL else torch.ones(1, dtype=torch.bool)
             visible = causal & (slots >= 0).expand(count, -1)
-            if plan.window_left >= 0:
-                visible &= keys >= queries - plan.window_left
             if custom_mask is not None:
-                visible = custom_mask[mask_at : mask_at + visible.numel()].view_as(visible)
+                visible = custom_mask[mask_at : mask_at + visible.numel()].view_as(visible) & (slots >= 0)
                 mask_at += visible.numel()
+            if plan.window_left >= 0:
+                visible = visible & (keys >= queries - plan.window_left)
             k, v = (x[slots.clamp_min(0)].masked_fill((slots < 0)[:, None, None], 0.0) for x in (k_cache, v_cache))
             out[at : at + count] = reference.attention(q[at : at + count], k, v, visible=visible, **options)[0]
             at += count

@@ -110,7 +110,7 @@ def test_note_does_not_refuse(machine, note):
 
 
 def test_refused_examples_are_all_refused():
-    assert len(doctor.refused()) == 9
+    assert len(doctor.refused()) == 8
 
 
 def test_report_comes_without_torch_and_sglang(tmp_path):

@@ -63,10 +63,6 @@ def test_supported_configuration_is_not_refused(page_size, dtype):
             {"speculative_algorithm": "DFLASH"},
             "speculative_algorithm: want one of EAGLE, EAGLE3, NEXTN, STANDALONE, NGRAM",
         ),
-        (
-            {"draft_tokens": 8, "draft_branches": 2, "layers": layer(sliding_window_size=127)},
-            "a sliding window or chunks, got 2; start with --speculative-eagle-topk 1",
-        ),
         ({"deterministic": True}, "deterministic inference: want a GPU"),
         ({"layers": ()}, "model: want attention layers, got none"),
         ({"layers": layer(logit_capping_method="sigmoid")}, "model: want logits capped by tanh, got sigmoid"),

@@ -119,10 +119,45 @@ def test_tree_of_drafts_equals_the_definition(q_lens):
     close(planned(case, custom_mask=mask), defined(case, custom_mask=mask))
 
 
-def test_tree_with_a_window_is_refused():
+@pytest.mark.parametrize("options", [{"window_left": 0}, {"window_left": 20}, {"chunk": 16}], ids=str)
+def test_tree_with_a_window_or_chunks_equals_the_definition(options):
+    case = make(forest(ends=(70, 64, 33, 90, 17, 8)), [8] * 6)
+    mask = tree_mask(case)
+    close(planned(case, custom_mask=mask, **options), defined(case, custom_mask=mask, **options))
+
+
+def test_tree_of_an_encoder_is_refused():
     case = make(forest(), [1] * 6)
-    with pytest.raises(ValueError, match="custom_mask: want one where tokens see everything else"):
-        planned(case, custom_mask=tree_mask(case), window_left=4)
+    with pytest.raises(ValueError, match="custom_mask: want a decoder's layers, got an encoder's"):
+        planned(case, custom_mask=tree_mask(case), causal=False)
+
+
+@pytest.mark.parametrize("reach", [Reach(0), Reach(20), Reach(4096), Reach(chunk=16)], ids=str)
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("static", [False, True])
+def test_mask_is_cut_to_what_a_window_reaches(page_size, reach, static):
+    case = make(forest(page_size, ends=(70, 64, 33, 90, 17, 8)), [8] * 6)
+    mask, (indices, lens, counts) = tree_mask(case), case.vectors
+    window = DeviceWindow(
+        page_size, reach=reach, max_rows=64, max_queries=8, max_tokens=96, num_pages=case.batch.num_pages, device="cpu"
+    )
+    if static:
+        window.make_mask(6)
+    before = window._mask.data_ptr()
+    window.snapshot(case.table, indices, lens, q_lens=counts, num_tokens=48, max_queries=8)
+    window.take_mask(mask)
+    assert (window.mask.data_ptr() == before) == static
+    want, at = [], 0
+    for end in case.batch.ends:
+        of_request = mask[at : at + 8 * end].view(8, end)
+        at += 8 * end
+        chunk = reach.chunk or end
+        for begin in range((end - 8) // chunk * chunk, end, chunk):
+            base = begin if reach.chunk else max(0, end - 8 - reach.left) // page_size * page_size
+            stop = min(end, begin + chunk) if reach.chunk else end
+            want.append(of_request[max(begin, end - 8) - (end - 8) if reach.chunk else 0 : stop - (end - 8), base:stop])
+    got = window.mask[: sum(x.numel() for x in want)]
+    assert torch.equal(got, torch.cat([x.flatten() for x in want]))
 
 
 def pages_of(window: DeviceWindow, row: int, num_rows: int) -> tuple[list[int], list[int]]:
