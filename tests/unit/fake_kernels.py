@@ -81,8 +81,11 @@ class FakeKernel:
         out: torch.Tensor,
         *,
         custom_mask: torch.Tensor | None = None,
+        k_scale: object = None,
+        v_scale: object = None,
         **options: object,
     ) -> None:
+        assert k_scale is None and v_scale is None, "these caches are not scaled"
         plan, at, mask_at = self.planned, 0, 0
         assert plan is not None, "attend before plan"
         assert (custom_mask is not None) == (plan.visible is Visible.MASKED)
