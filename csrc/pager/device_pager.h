@@ -34,15 +34,16 @@
 // Microseconds of both launches on an H100, L2 flushed, less an empty graph (python scripts/bench_pager.py): a rebuild
 // in which every row changed, and an append.
 //   rows x tokens            page size 1            page size 64
-//   256 x 8192, own pages    21.4, append 12.4      13.8, append 7.5
-//   256 x 8448, one prefix   25.8, append 14.3      16.4, append 7.8
-//   256 x 8192, 5 levels     44.7, append 12.8      34.2, append 7.6
-//   1,024 x 8192, own        49.5, append 31.2      22.0, append 11.7
-//   1,024 x 8448, prefix     65.7, append 32.5      27.6, append 12.2
-// These are of revision 84473ef, which had no proposals: there a level of a tree adds 4 to 5 us to a rebuild, a
-// comparison and a barrier of the grid. Looking for proposals takes 2 us, 4 us with 1,024 rows, and saves all rounds
-// but the first. Append is the snapshot's 8 bytes of memory per entry. Of the 13 us that a build takes at 256 rows,
-// whatever their length, 3 are its two barriers, 3 the latency of the comparison, and 5 the forest.
+//   256 x 8192, own pages    22.0, append 13.0      14.1, append 7.6
+//   256 x 8448, one prefix   26.7, append 15.3      16.7, append 7.9
+//   256 x 8192, 2 levels     27.2, append 13.2      19.2, append 7.6
+//   256 x 8192, 5 levels     28.8, append 13.4      21.0, append 7.8
+//   1,024 x 8192, own        51.0, append 32.0      23.2, append 11.9
+//   1,024 x 8448, prefix     68.1, append 34.3      29.1, append 12.4
+//   1,024 x 8192, 3 levels   70.2, append 31.9      34.6, append 11.4
+// A tree that has just formed takes a round for each level once, 4 to 5 us each. Append is the snapshot's 8 bytes of
+// memory per entry. Of the 13 us that a build takes at 256 rows, whatever their length, 3 are its two barriers, 3 the
+// latency of the comparison, and 5 the forest.
 #pragma once
 #include <cuda_runtime.h>
 
