@@ -107,14 +107,18 @@ ROWS: list[tuple[str, list[str], list[str]]] = [
         ["gpu/test_extend.py::test_attention_that_is_not_causal_is_exact"],
     ),
     (
-        "speculative decoding: chains and trees of drafts",
+        "speculative decoding: verification of chains and trees of drafts",
         ["contract/test_verify.py::test_verification_equals_the_definition"],
         [
             "gpu/test_window.py::test_captured_verification",
             "sglang_kit/test_verify.py::test_kit_verifies",
             "sglang_kit/test_verify.py::test_kit_replays_a_verification",
-            "serve/test_speculative.py::test_drafts_change_the_steps_and_not_the_tokens",
         ],
+    ),
+    (
+        "engines that draft (STANDALONE, NGRAM)",
+        [],
+        ["serve/test_speculative.py::test_drafts_change_the_steps_and_not_the_tokens"],
     ),
     (
         "decode CUDA graphs",
@@ -138,9 +142,14 @@ ROWS: list[tuple[str, list[str], list[str]]] = [
         ],
     ),
     (
-        "models shaped like Llama, gpt-oss, Gemma 2 and 3, Exaone 4, Llama 4",
+        "models shaped like Llama, gpt-oss, Gemma 2 and 3, Exaone 4",
         ["serve/test_shapes.py::test_logits_of_prompts_and_of_decode_steps"],
         ["serve/test_shapes.py::test_logits_of_prompts_and_of_decode_steps"],
+    ),
+    (
+        "models shaped like Llama 4",
+        ["serve/test_shapes.py::test_logits_with_attention_in_chunks"],
+        ["serve/test_shapes.py::test_logits_with_attention_in_chunks"],
     ),
 ]
 """(what, its tests on a CPU, its tests on a Hopper GPU)"""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
@@ -29,8 +29,9 @@ def pytest_sessionfinish() -> None:
     import torch
 
     hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-    sglang = ""
-    if find_spec("sglang"):
-        from sglang.version import __version__ as sglang
+    try:
+        sglang = version("sglang")
+    except PackageNotFoundError:
+        sglang = ""
     record = {"device": "hopper" if hopper else "cpu", "sglang": sglang, "passed": _PASSED, "failed": _FAILED}
     Path(path).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")

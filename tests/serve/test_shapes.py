@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import needs
 import pytest
 import torch
+from serve.programs import Programs
 from shapes import SHAPES
 
 needs.sglang()
@@ -18,22 +15,38 @@ needs.sglang()
 pytestmark = pytest.mark.serve
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-MAIN = Path(__file__).resolve().parent / "shape_main.py"
+BESIDE = ["definition", "fa3"] if HOPPER else ["definition"]
 LARGEST = 0.02
 """Of the largest logit; bfloat16 keeps 8 bits, and a window that is off by 3 tokens gives 0.2."""
+CASES = [(x, size) for x in SHAPES for size in (1, 16) if HOPPER or x == "gpt-oss" or size == 1]
+"""In PyTorch one shape with larger pages is enough."""
 
 
-@pytest.mark.parametrize("page_size", [1, 16])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_logits_of_prompts_and_of_decode_steps(shape, page_size):
-    if page_size > 1 and not HOPPER and shape != "gpt-oss":
-        pytest.skip("one shape with larger pages is enough for PyTorch")
-    beside = ["definition", "fa3"] if HOPPER else ["definition"]
-    command = [sys.executable, str(MAIN), shape, "--page-size", str(page_size), "--beside", *beside]
-    done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"shape"')]
-    assert [x["beside"] for x in lines] == beside
+def arguments(shape: str, page_size: int) -> tuple[str, ...]:
+    return shape, "--page-size", str(page_size), "--beside", *BESIDE
+
+
+@pytest.fixture(scope="module")
+def programs(request) -> Programs:
+    """One for each selected test."""
+    params = [x.callspec.params for x in request.session.items if x.fspath == request.node.fspath]
+    return Programs("shape_main.py", [arguments(p["shape"], p["page_size"]) for p in params])
+
+
+def check(programs: Programs, shape: str, page_size: int) -> None:
+    output = programs[arguments(shape, page_size)].stdout
+    lines = [json.loads(line) for line in output.splitlines() if line.startswith('{"shape"')]
+    assert [x["beside"] for x in lines] == BESIDE
     assert all(x["graph"] == HOPPER for x in lines)
     assert max(error for x in lines for error in x["errors"]) < LARGEST
     assert lines[0]["pool"] == ("SWAKVPool" if shape == "gpt-oss" else "MHATokenToKVPool")
+
+
+@pytest.mark.parametrize(("shape", "page_size"), [x for x in CASES if x[0] != "llama4"])
+def test_logits_of_prompts_and_of_decode_steps(programs, shape, page_size):
+    check(programs, shape, page_size)
+
+
+@pytest.mark.parametrize(("shape", "page_size"), [x for x in CASES if x[0] == "llama4"])
+def test_logits_with_attention_in_chunks(programs, shape, page_size):
+    check(programs, shape, page_size)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import needs
 import pytest
 import torch
+from serve.programs import Programs
 
 needs.sglang()
 
@@ -21,22 +19,25 @@ pytestmark = [
 ]
 
 
-def run(variant: str) -> dict:
-    command = [sys.executable, str(Path(__file__).with_name("spec_main.py")), variant]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+VARIANTS = ["chain", "tree", "ngram"]
+
+
+@pytest.fixture(scope="module")
+def programs(request) -> Programs:
+    """One for each selected test, and one that drafts nothing."""
+    selected = [x.callspec.params["variant"] for x in request.session.items if x.fspath == request.node.fspath]
+    return Programs("spec_main.py", [(variant,) for variant in ["none", *selected]])
+
+
+def answers_of(programs: Programs, variant: str) -> dict:
+    done = programs[variant,]
     assert "flashcore_sparse serves on cuda" in done.stdout + done.stderr
     return json.loads(re.search(r"^ANSWERS (.*)$", done.stdout, re.M)[1])
 
 
-@pytest.fixture(scope="module")
-def plain() -> dict:
-    return run("none")
-
-
-@pytest.mark.parametrize("variant", ["chain", "tree", "ngram"])
-def test_drafts_change_the_steps_and_not_the_tokens(variant, plain):
-    answers = run(variant)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_drafts_change_the_steps_and_not_the_tokens(programs, variant):
+    answers, plain = answers_of(programs, variant), answers_of(programs, "none")
     # Decode and verification add up in other orders, so that a tie of two logits may end otherwise: in one request.
     equal = sum(a == b for a, b in zip(answers["tokens"], plain["tokens"], strict=True))
     assert equal >= 3, (answers["tokens"], plain["tokens"])
