@@ -322,5 +322,5 @@ def _divided(x: torch.Tensor, scale: Scale) -> torch.Tensor:
     if scale is None:
         return x
     if isinstance(scale, torch.Tensor) and scale.numel() > 1:
-        x, scale = x.view(x.shape[0], scale.numel(), -1), scale.view(-1, 1).to(x.dtype)
+        x, scale = x.view(x.shape[0], scale.numel(), -1), scale.view(-1, 1)
     return x / scale

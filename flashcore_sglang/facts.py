@@ -31,7 +31,7 @@ def facts_of(model_runner: Any) -> ServingFacts:
         is_encoder_decoder=model_runner.model_config.is_encoder_decoder,
         speculative_algorithm=args.speculative_algorithm,
         draft_tokens=_draft_tokens(model_runner),
-        draft_branches=getattr(args, "speculative_eagle_topk", None) or 1,
+        draft_branches=_speculation(args, "speculative_eagle_topk") or 1,
         deterministic=bool(args.enable_deterministic_inference),
         max_requests=model_runner.req_to_token_pool.req_to_token.shape[0] - 1,  # the first row is padding
         serves_prefill=serves_prefill(model_runner),
@@ -67,11 +67,21 @@ def serves_prefill(model_runner: Any) -> bool:
     return next((name for name in names if name), NAME) == NAME
 
 
+def _speculation(args: Any, name: str) -> Any:
+    """An argument of speculative decoding as SGLang resolved it. From 0.5.23 on ``args`` are what the operator gave."""
+    try:
+        from sglang.srt.runtime_context import get_spec
+
+        return getattr(get_spec(), name)
+    except (ImportError, ValueError, AttributeError):  # 0.5.16, which resolves ``args``; or nothing is published
+        return getattr(args, name, None)
+
+
 def _draft_tokens(model_runner: Any) -> int:
     """Drafts of a request that come to this backend at a time; 0: none do."""
     args = model_runner.server_args
-    drafts = getattr(args, "speculative_num_draft_tokens", None) or 0
-    verifies = serves_prefill(model_runner) or getattr(args, "speculative_attention_mode", "prefill") == "decode"
+    drafts = _speculation(args, "speculative_num_draft_tokens") or 0
+    verifies = serves_prefill(model_runner) or _speculation(args, "speculative_attention_mode") == "decode"
     return drafts if verifies and not getattr(model_runner, "is_draft_worker", False) else 0
 
 

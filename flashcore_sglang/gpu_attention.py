@@ -91,6 +91,7 @@ class GpuAttention:
             torch.full((self.max_rows,), self._drafts, **ints),
         )
         self._mask: torch.Tensor | None = None
+        self._mask_rows = 0
 
     @property
     def full(self) -> GpuDecode | None:
@@ -129,7 +130,7 @@ class GpuAttention:
                 f"{self._max_tokens} tokens; lower --cuda-graph-max-bs or --context-length, or set "
                 "--speculative-eagle-topk 1"
             )
-        self._mask = torch.ones(size, dtype=torch.bool, device=self._device)
+        self._mask, self._mask_rows = torch.ones(size, dtype=torch.bool, device=self._device), max_rows
         for window in self._windows.values():
             window.make_mask(max_rows)
 
@@ -148,6 +149,11 @@ class GpuAttention:
         """
         mask = step.custom_mask
         if step.draft_tokens:
+            if step.draft_tokens != self._drafts:
+                raise ValueError(
+                    f"speculative decoding: want {self._drafts} drafts for every request, as at the start, got "
+                    f"{step.draft_tokens}"
+                )
             # What a graph reads must not move: SGLang's lengths leave the drafts out, its masks are new every step.
             self._lens[: step.num_rows] = step.seq_lens
             step = replace(step, seq_lens=self._lens[: step.num_rows], q_lens=self._q_lens[: step.num_rows])
@@ -163,7 +169,7 @@ class GpuAttention:
                 max_queries=step.max_queries,
                 slot_map=slot_map if translated else None,
             )
-        if mask is not None and self._mask is not None:
+        if mask is not None and self._mask is not None and step.num_rows <= self._mask_rows:
             self.take_mask(mask)
             mask = self._mask
         elif mask is not None:

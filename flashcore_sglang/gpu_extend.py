@@ -18,6 +18,8 @@ from flashcore_sglang.gpu_decode import Scale, scale_arguments
 
 PARTIAL_CAPACITY = 512
 """Chunks of tiles that were cut because there are few of them; each is a tile's rows of D floats."""
+MAX_TOKENS = 1 << 20
+"""Query tokens of a step: kMaxTokens of csrc/api_extend.cc."""
 MAX_GATHER_SLOTS = 1 << 20
 """kMaxGatherSlots of csrc/attention/extend_params.h."""
 
@@ -145,7 +147,7 @@ class GpuExtend:
         if num_tokens > self._max_tokens:
             # A step of before may still read the old one.
             self._workspace.record_stream(torch.cuda.current_stream(self._workspace.device))
-            self._max_tokens = max(num_tokens, 2 * self._max_tokens)
+            self._max_tokens = max(num_tokens, min(2 * self._max_tokens, MAX_TOKENS))
             self._workspace = self._make_workspace(self._max_tokens)
         self._num_tokens, self._windowed = num_tokens, window_left >= 0
         q_rows = num_tokens * (self._heads // self._kv_heads)

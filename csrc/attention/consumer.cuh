@@ -127,6 +127,8 @@ __device__ __forceinline__ void attend(const DecodeParams& p, SharedStorage<C>& 
     if (C::kConverts && p.cache.bf16) convert_q<C>(q);
   } else if (C::kConverts && p.cache.bf16) {
     convert_q<C>(q_smem, 1 + warpgroup_id());
+  } else if (C::kConverts) {
+    ptx::fence_proxy_async();  // q came by cp.async; of K and V that are not converted wait_full does it
   }
   decltype(auto) scales = score_scales<C>(p, C::kConverts ? p.cache.of_k(kv_head_of(item)) : 1.f);
 

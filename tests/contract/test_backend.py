@@ -16,7 +16,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from unit import fake_kernels
 
 from flashcore_sglang import reference
-from flashcore_sglang.backend import FlashCoreSparseBackend
+from flashcore_sglang.backend import FlashCoreSparseBackend, _divided
 from flashcore_sglang.gpu_attention import GpuStep
 from flashcore_sglang.recording import Recording
 
@@ -181,6 +181,11 @@ def test_an_e4m3_cache_is_written_and_read_with_the_layers_scales(k_scale, v_sca
         close(got, wanted(scheduler, batch, q, **scales))
         stored = reference._scaled(scheduler.pool.get_key_buffer(0)[batch.out_cache_loc], k_scale)
         torch.testing.assert_close(stored, k.double(), rtol=2**-4, atol=2**-9)
+
+
+def test_a_scale_of_each_kv_head_is_not_rounded_to_the_models_dtype():
+    x, scale = torch.linspace(0.5, 1.0, 64, dtype=torch.bfloat16).view(4, 2, 8), torch.tensor([0.0123, 0.77])
+    assert torch.equal(_divided(x, scale), x.float() / scale[:, None])
 
 
 def test_scales_of_a_cache_in_the_models_dtype_are_not_applied(scheduler):

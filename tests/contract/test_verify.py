@@ -98,7 +98,7 @@ def test_verification_equals_the_definition(branches):
     assert shared.segment_positions[0].tolist() == [0, 299], "the common prefix is read once"
 
 
-@pytest.mark.parametrize("captured", [False, True], ids=["eager", "static mask"])
+@pytest.mark.parametrize("captured", [0, 4, 1], ids=["eager", "static mask", "more rows than the static mask has"])
 @pytest.mark.parametrize("window", [-1, 0, 2, 50])
 @pytest.mark.parametrize("branches", [1, 2], ids=["chain", "tree"])
 def test_kernels_get_the_tables_and_the_mask(branches, window, captured, monkeypatch):
@@ -107,7 +107,7 @@ def test_kernels_get_the_tables_and_the_mask(branches, window, captured, monkeyp
     backend = verifying.backend
     backend._gpu = backend._make_gpu(verifying.runner)
     if captured:
-        backend.init_cuda_graph_state(4, 4 * DRAFTS)
+        backend.init_cuda_graph_state(captured, captured * DRAFTS)
     verifying.check()
     assert isinstance(backend.forward_metadata, GpuStep)
     verifying.check()  # other slots, the same memory
@@ -128,6 +128,17 @@ def test_mask_that_comes_after_the_plan_is_taken(monkeypatch):
     backend.update_verify_buffers_to_fill_after_draft(SimpleNamespace(custom_mask=~verifying.mask), None)
     static = backend._gpu._mask
     assert torch.equal(static[: len(verifying.mask)], ~verifying.mask)
+
+
+def test_another_number_of_drafts_than_at_the_start_is_refused(monkeypatch):
+    fake_kernels.install(monkeypatch)
+    verifying = Verifying(1)
+    backend = verifying.backend
+    backend._gpu = backend._make_gpu(verifying.runner)
+    batch = verifying.batch()
+    batch.spec_info.draft_token_num = DRAFTS + 1
+    with pytest.raises(ValueError, match=f"want {DRAFTS} drafts for every request, as at the start, got {DRAFTS + 1}"):
+        backend.init_forward_metadata(batch)
 
 
 def test_ragged_verification_is_refused():
