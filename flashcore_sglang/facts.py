@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ def facts_of(model_runner: Any) -> ServingFacts:
         serves_prefill=serves_prefill(model_runner),
         context_parallel=max(getattr(args, "dcp_size", 1) or 1, getattr(args, "attn_cp_size", 1) or 1),
         torch_compile=bool(getattr(args, "enable_torch_compile", False)),
+        plan_stream=os.environ.get("SGLANG_ENABLE_OVERLAP_PLAN_STREAM", "").lower() in ("1", "true", "yes", "y"),
         pdmux=bool(getattr(args, "enable_pdmux", False)),
         triton_runs=triton_runs(),
         layers=tuple(

@@ -75,6 +75,7 @@ class ServingFacts:
     serves_prefill: bool = True
     context_parallel: int = 1
     torch_compile: bool = False
+    plan_stream: bool = False  # of verification, beside the stream that runs it
     pdmux: bool = False  # prefill and decode on streams of their own, at a time
     triton_runs: bool = True
     layers: tuple[LayerFacts, ...] = ()
@@ -274,6 +275,12 @@ def _option_refusals(facts: ServingFacts) -> list[str | None]:
         (
             "torch.compile: want it off on a CPU, got on; leave out --enable-torch-compile"
             if facts.torch_compile and facts.device == "cpu"
+            else None
+        ),
+        (
+            "plan stream: want verification planned on the stream that runs it, got another one, which may overwrite "
+            "the tables of the step before; leave out SGLANG_ENABLE_OVERLAP_PLAN_STREAM"
+            if facts.plan_stream and facts.draft_tokens and facts.device == "cuda"
             else None
         ),
         (

@@ -88,6 +88,7 @@ GPU = replace(GOOD, device="cuda", capability="9.0", kv_cache_dtype="bfloat16", 
     ("changes", "message"),
     [
         ({"pdmux": True}, "pdmux: want one stream, got several"),
+        ({"plan_stream": True, "draft_tokens": 4}, "leave out SGLANG_ENABLE_OVERLAP_PLAN_STREAM"),
         ({"capability": "8.0"}, "GPU: want a Hopper (compute capability 9.0), got 8.0"),
         (
             {"kv_cache_dtype": "float32", "model_dtype": "float32"},
