@@ -45,7 +45,8 @@ def draw(axis: plt.Axes, record: dict[str, Any]) -> None:
     axis.minorticks_off()
     axis.set_yticks(list(places), [f"{c['case']}  ({c['ours_us']:.0f} us)" for c in cases], fontsize=8)
     axis.invert_yaxis()
-    axis.set_title(f"slots in {record['order']}, page size {record['page_size']}", fontsize=10)
+    dtype = record.get("kv_dtype", "bfloat16")
+    axis.set_title(f"slots in {record['order']}, page size {record['page_size']}, KV in {dtype}", fontsize=10)
 
 
 def main() -> None:
@@ -57,7 +58,7 @@ def main() -> None:
     records = [json.loads(p.read_text()) for p in args.files or RESULTS.glob("decode_*.json") if "quick" not in p.name]
     # Results made before the plan was measured have another headline.
     records = [r for r in records if r["cases"] and all("plan_us" in c for c in r["cases"])]
-    records = sorted(records, key=lambda r: (r["page_size"], order.index(r["order"])))
+    records = sorted(records, key=lambda r: ("fp8" in r.get("kv_dtype", ""), r["page_size"], order.index(r["order"])))
     if not records:
         raise SystemExit(f"files: want results of bench_decode.py, got none in {RESULTS}")
     rows = max(len(r["cases"]) for r in records)
@@ -71,7 +72,7 @@ def main() -> None:
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncol=len(labels), fontsize=8)
     figure.suptitle(
-        f"Decode attention of one layer, {records[0]['gpu']}, bf16, {records[0]['heads']} query heads\n"
+        f"Decode attention of one layer, {records[0]['gpu']}, {records[0]['heads']} query heads\n"
         f"on {records[0]['kv_heads']} KV heads of {records[0]['head_dim']}: attention + plan / 32.  Black: wanted",
         fontsize=10,
     )
