@@ -38,7 +38,7 @@ def attention(
         out [T, H, Dv] float64 and lse [T, H] float64 (natural); 0 and -inf where nothing is visible.
     """
     repeat = q.shape[1] // k.shape[1]
-    q, k, v = q.double(), _scaled(k, k_scale), _scaled(v, v_scale)
+    q, k, v = q.double(), scaled(k, k_scale), scaled(v, v_scale)
     k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
     s = torch.einsum("thd,lhd->thl", q, k) * scale
     if logit_cap > 0:
@@ -121,7 +121,7 @@ def extend(
     return torch.cat(outs) if outs else q.new_zeros(0, q.shape[1], v_cache.shape[2], dtype=torch.float64)
 
 
-def _scaled(values: torch.Tensor, scale: torch.Tensor | float | None) -> torch.Tensor:
+def scaled(values: torch.Tensor, scale: torch.Tensor | float | None) -> torch.Tensor:
     """[n, G, D] cached values as they are meant, float64."""
     factor = scale.double().view(1, -1, 1) if isinstance(scale, torch.Tensor) else 1.0 if scale is None else scale
     return values.double() * factor

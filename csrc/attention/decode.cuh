@@ -117,7 +117,7 @@ void launch_decode(const DecodeParams& p, int ctas, cudaStream_t stream) {
   constexpr int kSmemBytes = sizeof(decode::SharedStorage<C>);
   static_assert(kSmemBytes <= 232448);
   decode::TensorMaps maps;
-  const DType dtype = C::kConverts ? DType::kE4m3 : std::is_same_v<Cache, __half> ? DType::kFp16 : DType::kBf16;
+  constexpr DType dtype = decode::cache_dtype<C>();
   for (int i = 0; i < decode::kBoxes; ++i) {
     const int tokens = i == 0 ? 8 : i == 1 ? 32 : C::kTile;
     encode_kv_map(&maps.k[i], dtype, p.k, p.num_slots, p.kv_heads, kHeadDim, p.kv_slot_stride, p.kv_head_stride,

@@ -84,7 +84,7 @@ void launch_kernel(const Params& p, int ctas, cudaStream_t stream) {
   constexpr int kSmemBytes = sizeof(SharedStorage<C>);
   static_assert(kSmemBytes <= 232448);
   TensorMaps maps{};
-  const DType dtype = C::kConverts ? DType::kE4m3 : std::is_same_v<typename C::T, __half> ? DType::kFp16 : DType::kBf16;
+  constexpr DType dtype = decode::cache_dtype<C>();
   for (int i = 0; i < 2; ++i) {
     const int tokens = i == 0 ? 8 : C::kTile;
     encode_kv_map(&maps.k[i], dtype, p.k, p.num_slots, p.kv_heads, C::kHeadDim, p.kv_slot_stride, p.kv_head_stride,

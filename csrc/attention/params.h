@@ -30,8 +30,9 @@ struct PageDivision {
 #endif
 };
 
-// The pager's output (see the layout's documentation). Device memory, int32, not owned. For decode all rows begin at
-// position 0: a row's own head before its group would give the rows of the group different numbers of pieces before it.
+// The pager's output (see the layout's documentation). Device memory, int32, not owned. For decode rows that
+// share begin at position 0: a row's own head before its group would give the rows of the group different numbers of
+// pieces before it. A row that shares nothing may begin anywhere, as one does whose layer has a window.
 struct LayoutView {
   const int* sizes;              // [8] S, N, U, E, M
   const int* row_order;          // [B]

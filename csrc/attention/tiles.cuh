@@ -76,6 +76,12 @@ struct SharedStorage {
   [[no_unique_address]] std::conditional_t<C::kConverts, CachedBarriers<C>, None> cached_barriers;
 };
 
+// Of the KV cache, for its tensor maps.
+template <class C>
+constexpr DType cache_dtype() {
+  return C::kConverts ? DType::kE4m3 : std::is_same_v<typename C::T, __half> ? DType::kFp16 : DType::kBf16;
+}
+
 // Where the result of a q_row goes: a row of out (top bit set), a partial slot, or kNowhere. Kept in shared memory
 // beside q because the main loop has no register to spare; the q loader has looked it up by the time it is needed.
 constexpr int kNowhere = 0x7FFFFFFF;

@@ -58,6 +58,24 @@ def make_runner(
     return runner
 
 
+def forward_batch(
+    table: torch.Tensor, rows: list[int], seq_lens: list[int], q_lens: list[int] | None = None
+) -> SimpleNamespace:
+    """The ForwardBatch of these rows of ``table``: decode, or an extend of the last ``q_lens`` tokens of each."""
+    lens, counts = torch.tensor(seq_lens), torch.tensor(q_lens or [1] * len(rows))
+    slots = [table[r, n - q : n].long() for r, n, q in zip(rows, seq_lens, counts.tolist(), strict=True)]
+    return SimpleNamespace(
+        forward_mode=ForwardMode.DECODE if q_lens is None else ForwardMode.EXTEND,
+        batch_size=len(rows),
+        req_pool_indices=torch.tensor(rows),
+        seq_lens=lens,
+        extend_seq_lens=counts,
+        extend_prefix_lens=lens - counts,
+        out_cache_loc=torch.cat(slots),
+        out_cache_loc_is_physical=True,  # 0.5.23
+    )
+
+
 class MiniScheduler:
     """Requests over SGLang's radix cache, allocator and pools at page size 1, as its scheduler drives them.
 
@@ -148,18 +166,4 @@ class MiniScheduler:
 
     def batch(self, rows: list[int], q_lens: list[int] | None = None) -> SimpleNamespace:
         """The ForwardBatch of these rows: decode, or an extend of the last ``q_lens`` tokens of each."""
-        seq_lens = torch.tensor([len(self.tokens[r]) for r in rows])
-        lens = torch.tensor(q_lens or [1] * len(rows))
-        slots = [
-            self.table[r, n - q : n].long() for r, n, q in zip(rows, seq_lens.tolist(), lens.tolist(), strict=True)
-        ]
-        return SimpleNamespace(
-            forward_mode=ForwardMode.DECODE if q_lens is None else ForwardMode.EXTEND,
-            batch_size=len(rows),
-            req_pool_indices=torch.tensor(rows),
-            seq_lens=seq_lens,
-            extend_seq_lens=lens,
-            extend_prefix_lens=seq_lens - lens,
-            out_cache_loc=torch.cat(slots),
-            out_cache_loc_is_physical=True,  # 0.5.23
-        )
+        return forward_batch(self.table, rows, [len(self.tokens[r]) for r in rows], q_lens)

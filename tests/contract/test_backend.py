@@ -179,7 +179,7 @@ def test_an_e4m3_cache_is_written_and_read_with_the_layers_scales(k_scale, v_sca
         got = (backend.forward_extend if tokens > 1 else backend.forward_decode)(q, k, v, layer, batch)
         assert torch.equal(k, before[0]) and torch.equal(v, before[1])  # the pool itself would divide them in place
         close(got, wanted(scheduler, batch, q, **scales))
-        stored = reference._scaled(scheduler.pool.get_key_buffer(0)[batch.out_cache_loc], k_scale)
+        stored = reference.scaled(scheduler.pool.get_key_buffer(0)[batch.out_cache_loc], k_scale)
         torch.testing.assert_close(stored, k.double(), rtol=2**-4, atol=2**-9)
 
 

@@ -10,10 +10,9 @@ import torch
 
 needs.sglang()
 
-from contract.sglang_fixtures import DIM, HEADS, KV_HEADS, SCALE, make_runner
+from contract.sglang_fixtures import DIM, HEADS, KV_HEADS, SCALE, forward_batch, make_runner
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
-from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from unit import fake_kernels
 
 from flashcore_sglang import reference
@@ -110,19 +109,7 @@ class Hybrid:
             buffer[~kept] = torch.nan
 
     def batch(self, q_lens: list[int] | None) -> SimpleNamespace:
-        lens, counts = torch.tensor(LENS), torch.tensor(q_lens or [1] * len(LENS))
-        rows = range(1, len(LENS) + 1)
-        slots = [self.table[r, n - c : n] for r, n, c in zip(rows, LENS, counts.tolist(), strict=True)]
-        return SimpleNamespace(
-            forward_mode=ForwardMode.DECODE if q_lens is None else ForwardMode.EXTEND,
-            batch_size=len(LENS),
-            req_pool_indices=torch.tensor(rows),
-            seq_lens=lens,
-            extend_seq_lens=counts,
-            extend_prefix_lens=lens - counts,
-            out_cache_loc=torch.cat(slots).long(),
-            out_cache_loc_is_physical=True,
-        )
+        return forward_batch(self.table, list(range(1, len(LENS) + 1)), LENS, q_lens)
 
     def check(self, layer: RadixAttention, batch: SimpleNamespace) -> None:
         tokens = int(batch.extend_seq_lens.sum())

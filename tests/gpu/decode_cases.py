@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,6 +32,14 @@ class Forest:
 
     def slots(self, request: int) -> torch.Tensor:
         return self.table[request + 1, : int(self.seq_lens[request])].long()
+
+    @property
+    def owned(self) -> torch.Tensor:
+        """[num_slots] bool: the slots that some request owns."""
+        owned = torch.zeros(self.num_slots, dtype=torch.bool)
+        for r in range(self.batch):
+            owned[self.slots(r)] = True
+        return owned
 
     def layout(self, cost: CostModel = SHARE_ALWAYS) -> CsrLayout:
         return build_layout_from_slots(
@@ -103,6 +112,21 @@ def forest(
     return Forest(page_size, next_page, table, (shared + own).to(torch.int32))
 
 
+def random_case(rng: random.Random, orders: list[str]) -> tuple[Forest, int, int, int, torch.dtype]:
+    """A forest of up to four levels; heads, KV heads, head dim, dtype of q."""
+    page_size = rng.choice([1, 1, 16, 64])
+    levels, nodes = [], 1
+    for _ in range(rng.randint(0, 3)):
+        nodes *= rng.choice([1, 2, 4])
+        levels.append((nodes, page_size * rng.randint(1, 900 // page_size)))
+    own = rng.randint(1, 700)
+    nodes *= rng.choice([1, 3, 8])
+    kv_heads = rng.choice([1, 2, 8])
+    f = forest([*levels, (nodes, own)], page_size, rng.choice(orders), [rng.randint(1, own) for _ in range(nodes)])
+    heads, head_dim = kv_heads * rng.choice([1, 2, 4, 7]), rng.choice([64, 128, 128, 256])
+    return f, heads, kv_heads, head_dim, rng.choice([torch.bfloat16, torch.float16])
+
+
 def pools(
     f: Forest, kv_heads: int, head_dim: int, dtype: torch.dtype, seed: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,11 +135,9 @@ def pools(
     k, v = (
         torch.randn(f.num_slots, kv_heads, head_dim, device="cuda", dtype=dtype, generator=generator) for _ in range(2)
     )
-    owned = torch.zeros(f.num_slots, dtype=torch.bool)
-    for r in range(f.batch):
-        owned[f.slots(r)] = True
-    k[~owned.cuda()] = float("nan")
-    v[~owned.cuda()] = float("nan")
+    owned = f.owned.cuda()
+    k[~owned] = float("nan")
+    v[~owned] = float("nan")
     return k, v
 
 

@@ -36,6 +36,14 @@ class Batch:
         return self.num_pages * self.page_size
 
     @property
+    def owned(self) -> torch.Tensor:
+        """[num_slots] bool: the slots that some request owns."""
+        owned = torch.zeros(self.num_slots, dtype=torch.bool)
+        for r in range(self.rows):
+            owned[self.table[r + 1, : int(self.seq_lens[r])].long()] = True
+        return owned
+
+    @property
     def indices(self) -> torch.Tensor:
         return torch.arange(1, self.rows + 1)
 
@@ -87,11 +95,9 @@ def batch(
 def pools(b: Batch, kv_heads: int, head_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V with NaN in every slot that no request owns."""
     k, v = (torch.randn(b.num_slots, kv_heads, head_dim, device="cuda", dtype=dtype) for _ in range(2))
-    owned = torch.zeros(b.num_slots, dtype=torch.bool)
-    for r in range(b.rows):
-        owned[b.table[r + 1, : int(b.seq_lens[r])].long()] = True
-    k[~owned.cuda()] = torch.nan
-    v[~owned.cuda()] = torch.nan
+    owned = b.owned.cuda()
+    k[~owned] = torch.nan
+    v[~owned] = torch.nan
     return k, v
 
 

@@ -11,7 +11,7 @@ import torch
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("no Hopper GPU", allow_module_level=True)
 
-from gpu.decode_cases import Decode, Forest, assert_accurate, forest, pools
+from gpu.decode_cases import Decode, Forest, assert_accurate, forest, pools, random_case
 
 pytestmark = pytest.mark.gpu
 
@@ -85,23 +85,7 @@ def test_logit_cap_and_sinks_are_exact(logit_cap, sinks):
 def test_random_forests_are_exact():
     rng = random.Random(7)
     for _ in range(25):
-        page_size = rng.choice([1, 1, 16, 64])
-        levels, nodes = [], 1
-        for _ in range(rng.randint(0, 3)):
-            nodes *= rng.choice([1, 2, 4])
-            levels.append((nodes, page_size * rng.randint(1, 900 // page_size)))
-        own = rng.randint(1, 700)
-        nodes *= rng.choice([1, 3, 8])
-        kv_heads = rng.choice([1, 2, 8])
-        f = forest(
-            [*levels, (nodes, own)],
-            page_size,
-            rng.choice(["runs", "interleaved", "permuted"]),
-            [rng.randint(1, own) for _ in range(nodes)],
-        )
-        attend(
-            f, kv_heads * rng.choice([1, 2, 4, 7]), kv_heads, rng.choice([64, 128, 128, 256]), rng.choice([BF16, FP16])
-        )
+        attend(*random_case(rng, ["runs", "interleaved", "permuted"]))
 
 
 def _setup(f: Forest):

@@ -10,8 +10,10 @@ import torch
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("no Hopper GPU", allow_module_level=True)
 
-from gpu.decode_cases import Decode, Forest, exact, forest
-from gpu.fp8_cases import E4M3, assert_close_to, e4m3_pools, values
+from gpu.decode_cases import Decode, Forest, exact, forest, random_case
+from gpu.fp8_cases import E4M3, assert_close_to, e4m3_pools
+
+from flashcore_sglang.reference import scaled
 
 pytestmark = pytest.mark.gpu
 
@@ -19,24 +21,17 @@ BF16, FP16 = torch.bfloat16, torch.float16
 MIXED = [(2, 1024), (8, 256), (64, 300)]
 
 
-def owned_slots(f: Forest) -> torch.Tensor:
-    owned = torch.zeros(f.num_slots, dtype=torch.bool)
-    for r in range(f.batch):
-        owned[f.slots(r)] = True
-    return owned
-
-
 def attend(
     f: Forest, heads=32, kv_heads=8, head_dim=128, dtype=BF16, k_scale=None, v_scale=None, spread=1.0, **options
 ) -> None:
-    k, v = e4m3_pools(owned_slots(f), kv_heads, head_dim)
+    k, v = e4m3_pools(f.owned, kv_heads, head_dim)
     q = torch.randn(f.batch, heads, head_dim, device="cuda", dtype=dtype) * spread
     options["scale"] = head_dim**-0.5
     out = Decode(f.layout(), heads, kv_heads, head_dim, kv_dtype=E4M3)(
         q, k, v, k_scale=k_scale, v_scale=v_scale, **options
     )
     torch.cuda.synchronize()
-    assert_close_to(exact(f, q, values(k, k_scale), values(v, v_scale), **options), out)
+    assert_close_to(exact(f, q, scaled(k, k_scale), scaled(v, v_scale), **options), out)
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1000, 5000])
@@ -93,44 +88,25 @@ def test_a_request_of_length_zero_gives_zeros():
 
 def test_queries_beyond_fp16_are_taken_as_its_largest():
     f = forest([(3, 300)])
-    k, v = e4m3_pools(owned_slots(f), 8, 128)
+    k, v = e4m3_pools(f.owned, 8, 128)
     q = torch.randn(3, 32, 128, device="cuda", dtype=BF16)
     q[:, :, 5] = 1e6
     out = Decode(f.layout(), 32, 8, 128, kv_dtype=E4M3)(q, k, v, scale=1e-6)
     q[:, :, 5] = 65504.0
-    assert_close_to(exact(f, q.double().clamp(max=65504.0), values(k, None), values(v, None), scale=1e-6), out)
+    assert_close_to(exact(f, q.double().clamp(max=65504.0), scaled(k, None), scaled(v, None), scale=1e-6), out)
 
 
 def test_random_forests_are_exact():
     rng = random.Random(11)
     for _ in range(25):
-        page_size = rng.choice([1, 1, 16, 64])
-        levels, nodes = [], 1
-        for _ in range(rng.randint(0, 3)):
-            nodes *= rng.choice([1, 2, 4])
-            levels.append((nodes, page_size * rng.randint(1, 900 // page_size)))
-        own = rng.randint(1, 700)
-        nodes *= rng.choice([1, 3, 8])
-        kv_heads = rng.choice([1, 2, 8])
-        f = forest(
-            [*levels, (nodes, own)],
-            page_size,
-            rng.choice(["runs", "interleaved", "permuted", "fragmented"]),
-            [rng.randint(1, own) for _ in range(nodes)],
-        )
-        attend(
-            f,
-            kv_heads * rng.choice([1, 2, 4, 7]),
-            kv_heads,
-            rng.choice([64, 128, 128, 256]),
-            rng.choice([BF16, FP16]),
-            rng.choice([None, 0.5, torch.rand(kv_heads, device="cuda") + 0.1]),
-            rng.choice([None, 2.5, torch.rand(1, device="cuda") + 0.1]),
-        )
+        f, heads, kv_heads, *rest = random_case(rng, ["runs", "interleaved", "permuted", "fragmented"])
+        k_scale = rng.choice([None, 0.5, torch.rand(kv_heads, device="cuda") + 0.1])
+        v_scale = rng.choice([None, 2.5, torch.rand(1, device="cuda") + 0.1])
+        attend(f, heads, kv_heads, *rest, k_scale, v_scale)
 
 
 def _setup(f: Forest, head_dim: int = 128):
-    k, v = e4m3_pools(owned_slots(f), 8, head_dim)
+    k, v = e4m3_pools(f.owned, 8, head_dim)
     q = torch.randn(f.batch, 32, head_dim, device="cuda", dtype=BF16)
     return q, k, v, Decode(f.layout(), 32, 8, head_dim, kv_dtype=E4M3)
 

@@ -11,10 +11,11 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0)
     pytest.skip("no Hopper GPU", allow_module_level=True)
 
 from gpu.extend_cases import Batch, Extend, batch, exact, tree_mask
-from gpu.fp8_cases import E4M3, assert_close_to, e4m3_pools, values
+from gpu.fp8_cases import E4M3, assert_close_to, e4m3_pools
 
 from flashcore_sglang.config import GatherModel
 from flashcore_sglang.gpu_extend import Visible
+from flashcore_sglang.reference import scaled
 
 pytestmark = pytest.mark.gpu
 
@@ -22,18 +23,11 @@ BF16, FP16 = torch.bfloat16, torch.float16
 MIXED = [(1024, [(0, 8)] * 20), (0, [(9000, 5), (100, 700), (0, 33)])]
 
 
-def owned_slots(b: Batch) -> torch.Tensor:
-    owned = torch.zeros(b.num_slots, dtype=torch.bool)
-    for r in range(b.rows):
-        owned[b.table[r + 1, : int(b.seq_lens[r])].long()] = True
-    return owned
-
-
 def attend(
     b: Batch, heads=32, kv_heads=8, head_dim=128, dtype=BF16, k_scale=None, v_scale=None, mask=None, sinks=False,
     logit_cap=0.0, spread=1.0, **options,
 ) -> None:  # fmt: skip
-    k, v = e4m3_pools(owned_slots(b), kv_heads, head_dim)
+    k, v = e4m3_pools(b.owned, kv_heads, head_dim)
     q = torch.randn(b.num_tokens, heads, head_dim, device="cuda", dtype=dtype) * spread
     e = Extend(b, heads, kv_heads, head_dim, kv_dtype=E4M3, **options)
     e.plan()
@@ -43,7 +37,7 @@ def attend(
     out = e(q, k, v, k_scale=k_scale, v_scale=v_scale, **keywords)
     torch.cuda.synchronize()
     keywords["custom_mask"] = mask
-    assert_close_to(exact(e, q, values(k, k_scale), values(v, v_scale), **keywords), out)
+    assert_close_to(exact(e, q, scaled(k, k_scale), scaled(v, v_scale), **keywords), out)
 
 
 @pytest.mark.parametrize("length", [1, 2, 31, 33, 63, 64, 65, 95, 96, 97, 127, 128, 129, 300, 1000])
@@ -121,7 +115,7 @@ def test_random_batches_are_exact():
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_two_runs_agree_bitwise(head_dim):
     b = batch(MIXED, order="interleaved")
-    k, v = e4m3_pools(owned_slots(b), 8, head_dim)
+    k, v = e4m3_pools(b.owned, 8, head_dim)
     q = torch.randn(b.num_tokens, 32, head_dim, device="cuda", dtype=BF16)
     e = Extend(b, 32, 8, head_dim, kv_dtype=E4M3)
     e.plan()
