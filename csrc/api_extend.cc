@@ -56,7 +56,8 @@ void extend_schedule(TensorView sizes, TensorView row_order, TensorView segment_
                      TensorView q_lens, TensorView workspace, int64_t num_tokens, int64_t table_stride,
                      int64_t page_size, int64_t max_rows, int64_t max_tokens, int64_t heads, int64_t kv_heads,
                      int64_t head_dim, int64_t partial_capacity, int64_t visible, int64_t window_left, TensorView table,
-                     int64_t gather_slots, int64_t gather_rows_scattered, int64_t gather_rows_boxed, int64_t e4m3) {
+                     int64_t gather_slots, int64_t gather_rows_scattered, int64_t gather_rows_boxed,
+                     int64_t gather_rows_converted, int64_t e4m3) {
   const WorkspaceLayout w = checked_layout(max_rows, max_tokens, heads, kv_heads, head_dim, partial_capacity, e4m3);
   const int64_t batch = row_order.numel(), segments = segment_entries.numel() - 1;
   FC_CHECK(batch >= 1 && batch <= max_rows) << "row_order: want 1 .. " << max_rows << " rows, got " << batch;
@@ -93,6 +94,7 @@ void extend_schedule(TensorView sizes, TensorView row_order, TensorView segment_
   p.ratio = heads / kv_heads;
   p.ctas = multiprocessors(workspace);
   p.tile_rows = tile_rows(head_dim, e4m3 != 0);
+  p.converted_tile_rows = tile_rows(head_dim, false);
   p.tile_tokens = tile_tokens(head_dim);
   p.head_dim = head_dim;
   FC_CHECK(gather_slots >= 0 && gather_slots <= kMaxGatherSlots)
@@ -102,6 +104,7 @@ void extend_schedule(TensorView sizes, TensorView row_order, TensorView segment_
   p.gather_slots = gather_slots;
   p.gather_rows_scattered = std::clamp(gather_rows_scattered, int64_t{1}, int64_t{1} << 30);
   p.gather_rows_boxed = std::clamp(gather_rows_boxed, int64_t{1}, int64_t{1} << 30);
+  p.gather_rows_converted = e4m3 != 0 ? std::clamp(gather_rows_converted, int64_t{1}, int64_t{1} << 30) : 0;
   launch_schedule(p, current_stream(workspace));
 }
 
@@ -110,6 +113,20 @@ void launch_dim(const Params& p, int64_t head_dim, int ctas, cudaStream_t stream
   if (head_dim == 64) launch<Cache, 64>(p, ctas, stream);
   if (head_dim == 128) launch<Cache, 128>(p, ctas, stream);
   if (head_dim == 256) launch<Cache, 256>(p, ctas, stream);
+}
+
+// The launch that reads an e4m3 cache as it was converted: consecutive slots of [G, D] in q's dtype.
+Params of_converted(Params p, int64_t head_dim) {
+  const int64_t slot = int64_t{p.kv_heads} * head_dim;
+  p.k = p.gathered;
+  p.v = static_cast<const char*>(p.gathered) + p.gather_slots * slot * 2;
+  p.num_slots = p.gather_slots;
+  p.kv_slot_stride = slot;
+  p.kv_head_stride = head_dim;
+  p.kv_slot_units = slot / 8;
+  p.kv_head_units = head_dim / 8;
+  p.converted = true;
+  return p;
 }
 
 void extend(TensorView q, TensorView k_cache, TensorView v_cache, TensorView table, TensorView workspace,
@@ -146,7 +163,7 @@ void extend(TensorView q, TensorView k_cache, TensorView v_cache, TensorView tab
   if (gathered.has_value()) {
     const TensorView& g = gathered.value();
     check_device("gathered", g, workspace);
-    const int64_t row_bytes = head_dim * bytes_of(cached);
+    const int64_t row_bytes = head_dim * 2;
     FC_CHECK(g.ndim() == 4 && g.size(0) == 2 && g.size(1) > 0 && g.size(2) == kv_heads && g.size(3) == row_bytes &&
              g.dtype().bits == 8 && g.IsContiguous())
         << "gathered: want contiguous uint8 [2, slots, " << kv_heads << ", " << row_bytes << "], got " << shape_text(g);
@@ -156,7 +173,7 @@ void extend(TensorView q, TensorView k_cache, TensorView v_cache, TensorView tab
           << "k_cache, v_cache, gathered: want a base aligned to 16 bytes";
     p.gathered = g.data_ptr();
     p.gather_slots = g.size(1);
-    launch_gather(p, row_bytes / 16, ctas, stream);
+    launch_gather(p, head_dim * bytes_of(cached) / 16, cached == DType::kE4m3, ctas, stream);
   }
   switch (cached) {
     case DType::kBf16:
@@ -166,6 +183,16 @@ void extend(TensorView q, TensorView k_cache, TensorView v_cache, TensorView tab
       launch_dim<__half>(p, head_dim, ctas, stream);
       break;
     case DType::kE4m3:
+      // Both are launched, as only the device knows which one serves; the other one ends at once.
+      if (p.gathered != nullptr) {
+        const Params c = of_converted(p, head_dim);
+        if (p.cache.bf16) {
+          launch_dim<__nv_bfloat16>(c, head_dim, ctas, stream);
+        } else {
+          launch_dim<__half>(c, head_dim, ctas, stream);
+        }
+        p.gathered = nullptr;
+      }
       launch_dim<E4m3>(p, head_dim, ctas, stream);
       break;
   }

@@ -69,12 +69,15 @@ class GatherModel:
         max_page_size:  pages larger than this are long enough as they are.
         rows_scattered: query rows (tokens by heads of a KV head) that must read a segment of runs below 8 tokens.
         rows_boxed:     the same for runs of 8 to 64 tokens.
+        rows_converted: of a float8_e4m3fn cache all that a step reads is copied as values of q's dtype, at any page
+                        size, or nothing is: if so many query rows read a token of it, on average.
     """
 
     mebibytes: int
     max_page_size: int
     rows_scattered: int
     rows_boxed: int
+    rows_converted: int
 
 
 @functools.cache

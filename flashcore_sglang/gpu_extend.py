@@ -48,7 +48,8 @@ class GpuExtend:
         deterministic: a token's result does not depend on the batch or on how its request was cut into chunks, if the
                     pager shares nothing: tiles are not cut.
         device:     a Hopper GPU.
-        gather:     when scattered K and V are copied to consecutive slots first; None: as configs/gather.json says.
+        gather:     when scattered K and V are copied to consecutive slots first, and those of a float8_e4m3fn cache
+                    converted; None: as configs/gather.json says.
         gathered:   where they are copied to, of another with the same KV heads and head dim, as steps follow each
                     other; None: its own.
 
@@ -75,7 +76,7 @@ class GpuExtend:
         self._layout: DeviceLayout = pager.layout(1)
         self._num_tokens, self._windowed = 0, False
         self._device, self._page_size = device, pager.page_size
-        self._kv_dtype = kv_dtype
+        self._kv_dtype, self._deterministic = kv_dtype, deterministic
         self._partials = 0 if deterministic else PARTIAL_CAPACITY
         self._gather = gather or gather_model("hopper")
         self._owns_gathered, self._gathers = gathered is None, False
@@ -83,12 +84,12 @@ class GpuExtend:
         self._max_tokens, self._workspace = max_tokens, self._make_workspace(max_tokens)
 
     def _make_gathered(self) -> torch.Tensor:
-        """[2, slots, G, bytes of D elements]: copies of K and V."""
-        row_bytes = self._head_dim * self._kv_dtype.itemsize
-        slot_bytes = 2 * self._kv_heads * row_bytes
-        slots = (self._gather.mebibytes << 20) // slot_bytes if self._page_size <= self._gather.max_page_size else 0
-        slots = min(slots, MAX_GATHER_SLOTS)
-        shape = (2, slots, self._kv_heads, row_bytes)
+        """[2, slots, G, bytes of D elements of q's dtype]: copies of K and V."""
+        row_bytes = self._head_dim * 2
+        slots = (self._gather.mebibytes << 20) // (2 * self._kv_heads * row_bytes)
+        # Converting changes the rounding, and whether it pays depends on the batch.
+        used = not self._deterministic if self._e4m3 else self._page_size <= self._gather.max_page_size
+        shape = (2, min(slots, MAX_GATHER_SLOTS) if used else 0, self._kv_heads, row_bytes)
         return torch.empty(shape, dtype=torch.uint8, device=self._device)
 
     def _make_workspace(self, max_tokens: int) -> torch.Tensor:
@@ -151,7 +152,8 @@ class GpuExtend:
             self._workspace = self._make_workspace(self._max_tokens)
         self._num_tokens, self._windowed = num_tokens, window_left >= 0
         q_rows = num_tokens * (self._heads // self._kv_heads)
-        self._gathers = self._gathered.numel() > 0 and q_rows >= self._gather.rows_scattered and not self._windowed
+        wanted = self._gather.rows_converted if self._e4m3 else self._gather.rows_scattered
+        self._gathers = self._gathered.numel() > 0 and q_rows >= wanted and not self._windowed
         self.pager.build()
         x = self._layout
         self._library.extend_schedule(
@@ -159,7 +161,7 @@ class GpuExtend:
             seq_lens, q_lens, self._workspace, num_tokens, self.pager.table_stride, x.page_size, self.max_rows,
             self._max_tokens, self._heads, self._kv_heads, self._head_dim, self._partials, int(visible), window_left,
             x.table, self._gathered.shape[1] if self._gathers else 0, self._gather.rows_scattered,
-            self._gather.rows_boxed, self._e4m3,
+            self._gather.rows_boxed, self._gather.rows_converted, self._e4m3,
         )  # fmt: skip
 
     def attend(

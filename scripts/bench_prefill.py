@@ -9,7 +9,8 @@ A variant is an order of the pages (runs: a request's are consecutive; permuted)
 captured in a CUDA graph; rounds are interleaved (ours, peer, ours, peer ...), the L2 is flushed before every replay,
 and the figure of a round is the median of its replays. "ours" is attention plus 1/32 of pager and work list, which run
 once per step for all layers. FA3 is called as SGLang calls it for prefill; "contiguous" is its varlen function on K and
-V without pages. The matrix product is 8192^3 in bf16, in the same rounds.
+V without pages. Drafts to verify have a tree's mask, which FA3 is not given, as it takes none. The matrix product is
+8192^3 in bf16, in the same rounds.
 Results go to scripts/results/prefill.json (prefill_fp8_e4m3.json), and a chart beside it if matplotlib is there.
 """
 
@@ -32,9 +33,10 @@ from torch import Tensor
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import peers  # noqa: E402
-from gpu.extend_cases import Batch, Extend, batch  # noqa: E402
+from gpu.extend_cases import Batch, Extend, batch, tree_mask  # noqa: E402
 
 from flashcore_sglang.config import cost_model  # noqa: E402
+from flashcore_sglang.gpu_extend import Visible  # noqa: E402
 
 HEADS, KV_HEADS, LAYERS = 32, 8, 32
 KV_DTYPES = {"bfloat16": torch.bfloat16, "fp8_e4m3": torch.float8_e4m3fn}
@@ -42,11 +44,12 @@ KV_DTYPES = {"bfloat16": torch.bfloat16, "fp8_e4m3": torch.float8_e4m3fn}
 
 @dataclass(frozen=True)
 class Case:
-    """``groups`` as for ``extend_cases.batch``; ``wanted``: least ratio to FA3, by variant."""
+    """``groups`` as for ``extend_cases.batch``; ``wanted``: least ratio to FA3, by variant; ``tree``: of drafts."""
 
     head_dim: int
     groups: list[tuple[int, list[tuple[int, int]]]]
     wanted: dict[str, float]
+    tree: bool = False
 
 
 def prompts(count: int, tokens: int) -> list[tuple[int, list[tuple[int, int]]]]:
@@ -65,6 +68,7 @@ CASES = {
     "d128 2048 on 30720": Case(128, [(0, [(30720, 2048)])], {"runs:1": 1.12}),
     "d128 256 x 8 on 8192 shared": Case(128, [(8192, [(0, 8)] * 256)], {"runs:1": 2.6}),
     "d128 64 x 8 on 8192 shared": Case(128, [(8192, [(0, 8)] * 64)], {"runs:1": 2.5}),
+    "d128 64 trees of 8 on 8192 shared": Case(128, [(8192, [(0, 8)] * 64)], {"runs:1": 2.5}, tree=True),
     "d128 64 x 64 on 8192 shared": Case(128, [(8192, [(0, 64)] * 64)], {"runs:1": 1.1}),
 }
 
@@ -131,14 +135,17 @@ def run_case(name: str, variant: str, args: argparse.Namespace, flush: Callable[
     q = torch.randn(b.num_tokens, HEADS, case.head_dim, device="cuda", dtype=torch.bfloat16)
     k, v = (torch.randn(b.num_slots, KV_HEADS, case.head_dim, device="cuda", dtype=q.dtype) for _ in range(2))
     k, v = (x.to(KV_DTYPES[args.kv_dtype]) for x in (k, v))
-    extend = Extend(b, HEADS, KV_HEADS, case.head_dim, cost_model=cost_model("hopper"), kv_dtype=k.dtype)
+    extend = Extend(
+        b, HEADS, KV_HEADS, case.head_dim, cost_model=cost_model("hopper"), kv_dtype=k.dtype,
+        visible=Visible.MASKED if case.tree else Visible.CAUSAL,
+    )  # fmt: skip
+    options: dict[str, Any] = {"scale": case.head_dim**-0.5, "custom_mask": tree_mask(b).cuda() if case.tree else None}
     out = torch.empty_like(q)
-    scale = case.head_dim**-0.5
     extend.plan()
-    extend.kernels.attend(q, k, v, out, scale=scale)
+    extend.kernels.attend(q, k, v, out, **options)
     results: dict[str, Any] = {"case": name, "variant": variant}
     contenders = {
-        "attention": captured(lambda: extend.kernels.attend(q, k, v, out, scale=scale)),
+        "attention": captured(lambda: extend.kernels.attend(q, k, v, out, **options)),
         "plan": captured(extend.plan),
     }
     calls = []  # own the buffers that the graphs use
@@ -176,7 +183,7 @@ def run_case(name: str, variant: str, args: argparse.Namespace, flush: Callable[
         "wanted_ratio": wanted,
         "ratio": us["fa3"] / ours if "fa3" in us else None,
     }
-    cells = [f"{name:28s} {variant:11s} {ours:8.1f} us {tflops['ours']:5.0f} TF (plan {us['plan']:5.1f})"]
+    cells = [f"{name:33s} {variant:11s} {ours:8.1f} us {tflops['ours']:5.0f} TF (plan {us['plan']:5.1f})"]
     for peer in PEERS:
         if peer in us:
             cells.append(f"{peer} {tflops[peer]:4.0f} TF {us[peer] / ours:5.2f}x d={results[f'{peer}_difference']:.0e}")

@@ -4,6 +4,7 @@
     python scripts/bench_serve.py --backends fa3 ours --rows 1x256:8192+128:128 64x1:2048+128:128
     python scripts/bench_serve.py --defaults                            # every default of SGLang on
     python scripts/bench_serve.py --load 6                              # also TTFT and ITL, 6 s of arrivals per row
+    python scripts/bench_serve.py --split                               # also where a step's time goes
     python scripts/bench_serve.py --sglang-benchmark                    # also SGLang's own client, with a tokenizer
     python scripts/bench_serve.py --together --backends fa3 ours --server-args \\
         "--max-total-tokens 150000 --mem-fraction-static 0.93"          # both at a time, one row on each in turn
@@ -38,10 +39,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from serve_report import ROWS, Row, cell, chart, client_table, load_table, parse_row, table
+from serve_report import ROWS, Row, cell, chart, client_table, load_table, parse_row, split_table, table
 from serving import Answer, Server, encode, generate, running, send_all, session, stop_servers_on_sigterm
 from sglang_benchmark import run as run_sglang_benchmark
 from sglang_benchmark import toy_tokenizer
+from step_split import profile
 
 ROOT = Path(__file__).resolve().parent.parent
 LLAMA_8B: dict[str, Any] = {
@@ -153,6 +155,20 @@ def load(server: Server, row: Row, tokens_per_second: float, seconds: float) -> 
     }
 
 
+def split_of(server: Server, row: Row) -> dict[str, float]:
+    """The row once more, with the profiler on while all of its requests decode; rates would suffer from it."""
+    warm(server, row)
+    bodies = [encode(p, row.output) for p in row.prompts()]
+    offset = server.log_size()
+    with ThreadPoolExecutor(1) as pool:
+        answers = pool.submit(asyncio.run, send_all(server.url, bodies))
+        while not answers.done() and not server.decode_rates(offset, row.batch):
+            time.sleep(0.05)
+        shares = profile(server)
+        _must_succeed(answers.result())
+    return shares
+
+
 def start(name: str, args: argparse.Namespace, model: str) -> AbstractContextManager[Server]:
     """The server of a backend."""
     arguments = ["--model-path", model, "--random-seed", "1", *BACKENDS.get(name, ["--attention-backend", name])]
@@ -171,6 +187,8 @@ def bench_row(server: Server, name: str, row: Row, args: argparse.Namespace, mod
     under_load = args.load and row in (args.load_rows or args.rows) and not row.cold
     if under_load and fa3 and fa3["steady"]:
         entry["load"] = load(server, row, LOAD_SHARE * fa3["steady"], args.load)
+    if args.split and not row.cold:
+        entry["split"] = split_of(server, row)
     if args.sglang_benchmark and not row.cold:
         workload = {key: value for key, value in asdict(row).items() if key not in ("target", "cold")}
         entry["sglang_benchmark"] = run_sglang_benchmark(server.url, model, **workload)
@@ -220,6 +238,7 @@ def main() -> None:
     parser.add_argument("--defaults", action="store_true", help="SGLang's own defaults: all graphs, all features")
     parser.add_argument("--load", type=float, default=0.0, metavar="SECONDS", help="also TTFT and ITL under load")
     parser.add_argument("--load-rows", nargs="+", type=parse_row, metavar="ROW", help="rows of --load; default: --rows")
+    parser.add_argument("--split", action="store_true", help="also the shares of attention and the rest in a step")
     parser.add_argument("--together", action="store_true", help="all servers at a time on one GPU, row by row in turn")
     parser.add_argument("--sglang-benchmark", action="store_true", help="also SGLang's own client on every row")
     parser.add_argument("--model-path", help="a model instead of dummy weights")
@@ -246,7 +265,7 @@ def main() -> None:
                 toy_tokenizer(Path(folder), LLAMA_8B["vocab_size"])
             bench(args, args.model_path or folder, results, save)
     print("\n" + table(results))
-    for text in (load_table(results), client_table(results)):
+    for text in (load_table(results), split_table(results), client_table(results)):
         if text:
             print("\n" + text)
     try:

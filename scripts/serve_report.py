@@ -127,6 +127,20 @@ def load_table(results: dict[str, Any]) -> str:
     return "\n".join([*heads, *lines]) if lines else ""
 
 
+def split_table(results: dict[str, Any]) -> str:
+    """Markdown: milliseconds of a decode step by what ran; empty without ``--split``."""
+    lines, kinds = [], []
+    for row in _measured_rows(results):
+        for backend, entry in results["backends"].items():
+            measured = entry["rows"].get(row.name, {})
+            if shares := measured.get("split"):
+                kinds, step = list(shares), 1e3 * row.batch / measured["steady"]
+                times = [f"{step * share:.2f}" for share in (1.0, *shares.values())]
+                lines.append(f"| {row.name} | {backend} | " + " | ".join(times) + " |")
+    heads = ["| row | backend | ms of a step | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 3) + "|"]
+    return "\n".join([*heads, *lines]) if lines else ""
+
+
 def client_table(results: dict[str, Any]) -> str:
     """Markdown: what SGLang's own client measured, whole runs; empty without ``--sglang-benchmark``."""
     lines = []

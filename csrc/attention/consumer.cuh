@@ -130,7 +130,7 @@ __device__ __forceinline__ void attend(const DecodeParams& p, SharedStorage<C>& 
   } else if (C::kConverts) {
     ptx::fence_proxy_async();  // q came by cp.async; of K and V that are not converted wait_full does it
   }
-  decltype(auto) scales = score_scales<C>(p, C::kConverts ? p.cache.of_k(kv_head_of(item)) : 1.f);
+  decltype(auto) scales = score_scales<C::kConverts>(p, C::kConverts ? p.cache.of_k(kv_head_of(item)) : 1.f);
 
   Accumulators<C> acc;
   acc.max[0] = acc.max[1] = -INFINITY;

@@ -60,7 +60,10 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     }
   }
   ptx::grid_dependency_wait();
-  if (threadIdx.x == 0) s.total = min(max(p.work.header->items, 0), p.work.item_capacity);
+  if (threadIdx.x == 0) {
+    const Header& h = *p.work.header;
+    s.total = (h.converted != 0) == p.converted ? min(max(h.items, 0), p.work.item_capacity) : 0;
+  }
   __syncthreads();
   ptx::grid_dependency_launch();
   if (warp < 4) {
@@ -106,10 +109,13 @@ void launch_kernel(const Params& p, int ctas, cudaStream_t stream) {
 
 template <typename Cache, int kHeadDim>
 void launch(const Params& p, int ctas, cudaStream_t stream) {
+  const bool scaled = p.cache.k != nullptr || p.cache.v != nullptr || p.cache.v_host != 1.f;
   if (p.logit_cap > 0.f || p.windowed || p.custom_mask != nullptr) {
-    launch_kernel<Traits<Cache, kHeadDim, true>>(p, ctas, stream);
+    launch_kernel<Traits<Cache, kHeadDim, true, true>>(p, ctas, stream);
+  } else if (scaled) {
+    launch_kernel<Traits<Cache, kHeadDim, false, true>>(p, ctas, stream);
   } else {
-    launch_kernel<Traits<Cache, kHeadDim, false>>(p, ctas, stream);
+    launch_kernel<Traits<Cache, kHeadDim, false, std::is_same_v<Cache, E4m3>>>(p, ctas, stream);
   }
 }
 

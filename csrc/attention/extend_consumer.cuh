@@ -30,11 +30,11 @@ template <class C>
 struct ItemScales {
   float k = 1.f;
   __device__ __forceinline__ void take(const Params& p, const Item& item) {
-    if constexpr (C::kConverts) k = p.cache.of_k(item.kv_head);
+    if constexpr (C::kScaled) k = p.cache.of_k(item.kv_head);
   }
-  __device__ __forceinline__ decltype(auto) of(const Params& p) const { return decode::score_scales<C>(p, k); }
+  __device__ __forceinline__ decltype(auto) of(const Params& p) const { return decode::score_scales<C::kScaled>(p, k); }
   __device__ __forceinline__ float of_v(const Params& p, const Item& item) const {
-    return C::kConverts ? p.cache.of_v(item.kv_head) : 1.f;
+    return C::kScaled ? p.cache.of_v(item.kv_head) : 1.f;
   }
 };
 
@@ -303,7 +303,7 @@ template <class C>
 __device__ __forceinline__ void mask_and_cap(const Params& p, const Item& item, const Tile& tile, uint32_t flags,
                                              float (&scores)[C::kTile / 2], const Rows& rows,
                                              const ItemScales<C>& scales) {
-  if constexpr (C::kGeneral) decode::cap_scores<C::kTile, C::kConverts ? 8 : C::kTile / 2>(scales.of(p), scores);
+  if constexpr (C::kGeneral) decode::cap_scores<C::kTile, C::kScaled ? 8 : C::kTile / 2>(scales.of(p), scores);
   if (flags & kMasked) hide<C>(p, item, tile, scores, rows.ends);
 }
 

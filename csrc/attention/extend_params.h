@@ -20,7 +20,7 @@ constexpr int kMaxGatherSlots = 1 << 20;  // times kMaxGathers: no sum of wishes
 constexpr int kMaxWarpgroups = 3;
 
 // q_rows of a tile, 64 for each consumer warpgroup: d 64 has registers for three, whose softmax hides one another's.
-// A converter takes the threads of one of them.
+// A converter takes the threads of one of them. `e4m3`: what the kernel reads is converted tile by tile.
 constexpr int tile_rows(int64_t head_dim, bool e4m3) { return head_dim == 64 && !e4m3 ? 192 : 128; }
 // KV tokens of a tile.
 constexpr int tile_tokens(int64_t head_dim) { return head_dim == 256 ? 64 : head_dim == 128 ? 128 : 96; }
@@ -36,8 +36,8 @@ struct Piece {
   int pad;
 };
 
-// A segment that so many q_rows read, in runs so short, that its K and V are first copied to consecutive slots. 16
-// bytes.
+// A segment whose K and V are first copied to consecutive slots: so many q_rows read it, in runs so short; or all
+// segments are, of an e4m3 cache, as values of q's dtype. 16 bytes.
 struct alignas(16) Gather {
   int entry;   // of the page that holds position `begin`
   int begin;   // first position
@@ -69,7 +69,9 @@ struct Header {
   int taken, finished;  // counters of the kernel, 0 between launches
   int overflow;         // 1: there was no room for all items; wrong tables or capacities
   int gathers, gathered_slots;
-  int pad[10];
+  int converted;  // 1: the segments of an e4m3 cache are all gathered, for the kernel of q's dtype; 0: for the other
+                  // one
+  int pad[9];
 };
 
 // Offsets in bytes into the workspace. All 256-aligned.
@@ -84,6 +86,7 @@ inline WorkspaceLayout workspace_layout(int64_t max_rows, int64_t max_tokens, in
   WorkspaceLayout w{};
   const int64_t ratio = heads / kv_heads;
   const int64_t rows = tile_rows(head_dim, e4m3), tiles = (max_tokens * ratio + rows - 1) / rows + max_rows;
+  const int64_t partial_rows = tile_rows(head_dim, false);  // the larger one
   w.tile_capacity = static_cast<int>(tiles);
   w.item_capacity = static_cast<int>(tiles * kv_heads + partial_capacity);
   w.piece_capacity = static_cast<int>(4 * max_rows + 4 * (max_tokens * ratio / rows));
@@ -101,8 +104,8 @@ inline WorkspaceLayout workspace_layout(int64_t max_rows, int64_t max_tokens, in
   w.pieces = take(sizeof(Piece) * w.piece_capacity);
   w.gathers = take(sizeof(Gather) * kMaxGathers);
   w.counters = take(sizeof(int) * kMaxWarpgroups * partial_capacity);
-  w.partial_lse2 = take(sizeof(float) * rows * partial_capacity);
-  w.partial_out = take(sizeof(float) * rows * head_dim * partial_capacity);
+  w.partial_lse2 = take(sizeof(float) * partial_rows * partial_capacity);
+  w.partial_out = take(sizeof(float) * partial_rows * head_dim * partial_capacity);
   w.bytes = at;
   return w;
 }
@@ -158,7 +161,10 @@ struct ScheduleParams {
   int gather_slots;  // that there is room for; 0: nothing is gathered
   // A segment is gathered from so many q_rows on, if its runs are shorter than 8 tokens, or than kGatherRun.
   int gather_rows_scattered, gather_rows_boxed;
-  int kv_heads, ratio, ctas, tile_rows, tile_tokens, head_dim;
+  // Of an e4m3 cache all is gathered and converted, or nothing: if so many q_rows read a token of it. 0: another cache.
+  int gather_rows_converted;
+  int kv_heads, ratio, ctas, tile_tokens, head_dim;
+  int tile_rows, converted_tile_rows;
 };
 
 // Strides in elements.
@@ -179,14 +185,15 @@ struct Params {
   int64_t mask_size;
   int heads, kv_heads, ratio, page_shift, num_slots, table_entries;
   bool windowed;
+  bool converted;  // k and v are what was gathered of an e4m3 cache; the header says whether this launch serves
   float scale_log2, logit_cap, cap_scale_log2;  // as in DecodeParams
   CacheScales cache;
 };
 
 void launch_schedule(const ScheduleParams&, cudaStream_t);
-// `head_units`: 16-byte units of a KV head's row.
-void launch_gather(const Params&, int head_units, int ctas, cudaStream_t);
-// One instantiation per file: extend_<dtype of the cache>_d<D>.cu
+// `head_units`: 16-byte units of a KV head's row. `e4m3`: of the cache, which is converted to q's dtype.
+void launch_gather(const Params&, int head_units, bool e4m3, int ctas, cudaStream_t);
+// One instantiation per file: extend_<dtype of what the kernel reads>_d<D>.cu
 template <typename Cache, int kHeadDim>
 void launch(const Params&, int ctas, cudaStream_t);
 

@@ -2,7 +2,7 @@
 // host. Grid: one CTA of 1024 threads, a row each.
 //
 // 1. Rows in row_order, packed tokens, what each token sees.
-// 2. Segments in short runs that many q_rows read are marked to be gathered first.
+// 2. Segments in short runs that many q_rows read are marked to be gathered first; of an e4m3 cache all or none.
 // 3. Groups of rows under one first segment: all their q_rows in tiles of 128 one behind the other, or each row in
 // tiles
 //    of its own? The former reads a prefix once for up to 128 q_rows, the latter spares rows the tokens of others. The
@@ -43,6 +43,8 @@ struct Shared {
   int row_first[kThreads];    // by row: first token in q
   int gathered[kMaxGathers];  // by segment, as Piece::gathered; other segments are not looked at
   bool any_gathered;
+  int tile_rows;
+  unsigned long long gain;  // of converting; signed
   int pieces, partials, overflow, longest, items[kCandidates], large[kCandidates], longest_chunk[kCandidates];
   unsigned long long load;
 };
@@ -164,25 +166,56 @@ __device__ __forceinline__ int gather_wish(const ScheduleParams& p, const Shared
   return wanted ? ceil_div(tokens, p.tile_tokens) * p.tile_tokens : 0;
 }
 
+// The same for an e4m3 cache, whose segments are all gathered or none. Converting a token once costs as much as
+// converting it for gather_rows_converted q_rows, tile by tile.
+__device__ __forceinline__ int convert_wish(const ScheduleParams& p, Shared& s, const Segment& seg) {
+  const int tokens = seg.end_token - seg.begin, q_rows = (s.q_begin[seg.end] - s.q_begin[seg.first]) * p.ratio;
+  if (tokens > p.gather_slots) return p.gather_slots + 1;  // there is no room
+  const int slots = ceil_div(tokens, p.tile_tokens) * p.tile_tokens;
+  atomicAdd(&s.gain,
+            static_cast<unsigned long long>(int64_t{q_rows} * tokens - int64_t{p.gather_rows_converted} * slots));
+  return slots;
+}
+
 // Marks segments as gathered, in their order, as far as there is room.
 __device__ __forceinline__ void choose_gathers(const ScheduleParams& p, Shared& s, bool allowed) {
-  const int tid = threadIdx.x, segments = min(min(max(p.layout.sizes[0], 0), p.layout.segment_capacity), kMaxGathers);
+  const int tid = threadIdx.x, all = min(max(p.layout.sizes[0], 0), p.layout.segment_capacity);
+  const int segments = min(all, kMaxGathers);
+  const bool e4m3 = p.gather_rows_converted > 0;
   Header& h = *p.work.header;
   s.gathered[tid] = 0;
   __syncthreads();
   if (tid == 0) {
     s.any_gathered = false;
-    h.gathers = h.gathered_slots = 0;
+    s.tile_rows = p.tile_rows;
+    s.gain = 0;
+    h.gathers = h.gathered_slots = h.converted = 0;
   }
-  if (!allowed || p.gather_slots == 0 || p.window_left >= 0) return;
-  for (int i = tid / 32; i < segments; i += kWarps) {
-    const int wish = gather_wish(p, s, load_segment(p.layout, i));
-    if (tid % 32 == 0) s.gathered[i] = wish;
+  __syncthreads();
+  if (!allowed || p.gather_slots == 0 || p.window_left >= 0 || (e4m3 && all > kMaxGathers)) return;
+  if (e4m3) {
+    if (tid < segments) s.gathered[tid] = convert_wish(p, s, load_segment(p.layout, tid));
+  } else {
+    for (int i = tid / 32; i < segments; i += kWarps) {
+      const int wish = gather_wish(p, s, load_segment(p.layout, i));
+      if (tid % 32 == 0) s.gathered[i] = wish;
+    }
   }
   __syncthreads();
   const int wish = s.gathered[tid];
   int slots, count;
   const int slot = block_scan<kWarps>(wish, s.scratch, slots);
+  if (e4m3) {
+    const bool converts = slots > 0 && slots <= p.gather_slots && static_cast<long long>(s.gain) >= 0;
+    if (!converts) {
+      s.gathered[tid] = 0;
+      return;
+    }
+    if (tid == 0) {
+      s.tile_rows = p.converted_tile_rows;
+      h.converted = 1;
+    }
+  }
   const bool taken = wish > 0 && slot + wish <= p.gather_slots;  // those that fit are the first ones
   const int at = block_scan<kWarps>(taken ? 1 : 0, s.scratch, count);
   s.gathered[tid] = taken ? slot + 1 : 0;
@@ -222,7 +255,7 @@ __device__ __forceinline__ int make_bundles(const ScheduleParams& p, Shared& s, 
 
   if (k < batch) {
     atomicAdd(&s.lone_cost[leader],
-              ceil_div(q_len_of(s, k) * ratio, p.tile_rows) * ceil_div(s.seq_len[k], p.tile_tokens));
+              ceil_div(q_len_of(s, k) * ratio, s.tile_rows) * ceil_div(s.seq_len[k], p.tile_tokens));
   }
   const int segments = min(max(l.sizes[0], 0), l.segment_capacity);
   for (int i = k; i < segments; i += kThreads) {
@@ -231,7 +264,7 @@ __device__ __forceinline__ int make_bundles(const ScheduleParams& p, Shared& s, 
     const int from = (s.q_begin[seg.first] - base) * ratio, to = (s.q_begin[seg.end] - base) * ratio;
     if (from < to)
       atomicAdd(&s.packed_cost[g],
-                (ceil_div(to, p.tile_rows) - from / p.tile_rows) * ceil_div(seg.end_token - seg.begin, p.tile_tokens));
+                (ceil_div(to, s.tile_rows) - from / s.tile_rows) * ceil_div(seg.end_token - seg.begin, p.tile_tokens));
   }
   __syncthreads();
   const bool packed = pack && p.window_left < 0 && leader < end - 1 && s.packed_cost[leader] < s.lone_cost[leader];
@@ -240,7 +273,7 @@ __device__ __forceinline__ int make_bundles(const ScheduleParams& p, Shared& s, 
   s.leader[k] = leader;
   s.bundle_end[k] = min(end, batch);
   const int q_rows = k < batch && leader == k ? (s.q_begin[min(end, batch)] - s.q_begin[k]) * ratio : 0;
-  const int tiles = block_scan<kWarps>(ceil_div(q_rows, p.tile_rows), s.scratch, total);
+  const int tiles = block_scan<kWarps>(ceil_div(q_rows, s.tile_rows), s.scratch, total);
   s.tile_begin[k] = tiles;
   if (k == kThreads - 1) s.tile_begin[kThreads] = total;
   __syncthreads();
@@ -260,8 +293,8 @@ __device__ __forceinline__ TileRange tile_range(const ScheduleParams& p, const S
   const int batch = p.layout.batch;
   const int leader = last_at_most(s.tile_begin, batch - 1, tile);
   TileRange r;
-  r.q_row = s.q_begin[leader] * p.ratio + (tile - s.tile_begin[leader]) * p.tile_rows;
-  r.q_rows = min(p.tile_rows, s.q_begin[s.bundle_end[leader]] * p.ratio - r.q_row);
+  r.q_row = s.q_begin[leader] * p.ratio + (tile - s.tile_begin[leader]) * s.tile_rows;
+  r.q_rows = min(s.tile_rows, s.q_begin[s.bundle_end[leader]] * p.ratio - r.q_row);
   r.first = last_at_most(s.q_begin, batch - 1, r.q_row / p.ratio);
   r.last = last_at_most(s.q_begin, batch - 1, (r.q_row + r.q_rows - 1) / p.ratio);
   return r;

@@ -10,13 +10,14 @@ using decode::Ring;
 using decode::tile_offset;
 
 // kGeneral: with logit cap, sliding window or custom mask, whose code the loop else does without.
-// Cache: the elements of the KV cache. E4m3 is converted (converter.cuh) to fp16, the type of the products.
-template <typename Cache, int kHeadDim_, bool kGeneral_>
+// Cache: the elements of what is read. E4m3 is converted (converter.cuh) to fp16, the type of the products.
+// kScaled: with the scales of an e4m3 cache, which extend_gather.cu may have converted.
+template <typename Cache, int kHeadDim_, bool kGeneral_, bool kScaled_>
 struct Traits {
   static constexpr bool kConverts = std::is_same_v<Cache, E4m3>;
   using T = std::conditional_t<kConverts, __half, Cache>;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr bool kGeneral = kGeneral_;
+  static constexpr bool kGeneral = kGeneral_, kScaled = kScaled_;
   static constexpr int kRows = tile_rows(kHeadDim, kConverts), kWarpgroups = kRows / 64;  // consumers
   static constexpr int kThreads = 128 + 128 * kWarpgroups + (kConverts ? 128 : 0);
   static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : 40;

@@ -178,9 +178,9 @@ __device__ __forceinline__ void convert_q(uint32_t q_smem, int barrier) {
 struct ScoreScales {
   float scale_log2, logit_cap, cap_scale_log2;
 };
-template <class C, class Params>
+template <bool kScaled, class Params>
 __device__ __forceinline__ decltype(auto) score_scales(const Params& p, float k_scale) {
-  if constexpr (C::kConverts) {
+  if constexpr (kScaled) {
     return ScoreScales{p.logit_cap > 0.f ? p.scale_log2 : p.scale_log2 * k_scale, p.logit_cap,
                        p.cap_scale_log2 * k_scale};
   } else {

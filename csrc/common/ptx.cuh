@@ -173,6 +173,22 @@ __device__ __forceinline__ uint32_t e4m3x2_to_fp16x2(uint16_t x) {
   return y;
 }
 
+// Two fp16 to two bf16: exact for what was e4m3.
+__device__ __forceinline__ uint32_t fp16x2_to_bf16x2(uint32_t x) {
+  uint32_t y;
+  asm("{\n"
+      ".reg .b16 h<2>;\n"
+      ".reg .f32 f<2>;\n"
+      "mov.b32 {h0, h1}, %1;\n"
+      "cvt.f32.f16 f0, h0;\n"
+      "cvt.f32.f16 f1, h1;\n"
+      "cvt.rn.bf16x2.f32 %0, f1, f0;\n"
+      "}"
+      : "=r"(y)
+      : "r"(x));
+  return y;
+}
+
 // Two bf16 to two fp16: exact from 2^-14 to 65504, beyond that the nearest finite value.
 __device__ __forceinline__ uint32_t bf16x2_to_fp16x2(uint32_t x) {
   uint32_t y;

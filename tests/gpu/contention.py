@@ -13,13 +13,10 @@ from collections.abc import Callable
 import torch
 from gpu.decode_cases import Decode, forest
 from gpu.decode_cases import pools as decode_pools
-from gpu.extend_cases import Extend, batch
+from gpu.extend_cases import GATHER_ALWAYS, Extend, batch
 from gpu.extend_cases import pools as extend_pools
 
-from flashcore_sglang.config import GatherModel
-
 REPEATS = 12
-GATHER_ALWAYS = GatherModel(mebibytes=256, max_page_size=64, rows_scattered=1, rows_boxed=1)
 HEADS = [(32, 8), (7, 1), (16, 8)]
 DIMS = [64, 128, 128, 256]
 ORDERS = ["runs", "interleaved", "permuted"]

@@ -12,6 +12,8 @@ from flashcore_sglang.config import SHARE_ALWAYS, CostModel, GatherModel
 from flashcore_sglang.device_pager import DevicePager
 from flashcore_sglang.gpu_extend import PARTIAL_CAPACITY, GpuExtend, Visible
 
+GATHER_ALWAYS = GatherModel(mebibytes=256, max_page_size=64, rows_scattered=1, rows_boxed=1, rows_converted=1)
+
 
 @dataclass
 class Batch:
@@ -139,7 +141,7 @@ class Extend:
             kv_dtype=kv_dtype,
             gather=gather,
         )
-        self.q_rows = 192 if head_dim == 64 and kv_dtype != torch.float8_e4m3fn else 128  # of a tile
+        self.q_rows = 192 if head_dim == 64 else 128  # of a tile, at most
         self.seq_lens, self.q_lens = b.seq_lens.cuda(), b.q_lens.cuda()
         self.kernels.snapshot(b.table.cuda(), b.indices.cuda(), self.seq_lens)
 

@@ -88,7 +88,8 @@ EXTEND = (
     ExtendCase("trees of drafts", [(128, [(0, 7), (30, 9)])], tree=True),
     ExtendCase("gathered first", [(300, [(0, 8)] * 3), (0, [(0, 270)])], order="permuted", gather=True),
     ExtendCase("e4m3", [(256, [(0, 8)] * 9), (0, [(0, 300)])], order="permuted", e4m3=True),
-    ExtendCase("e4m3 d256, gathered", [(300, [(0, 90)])], 256, order="permuted", gather=True, e4m3=True),
+    ExtendCase("e4m3 d64, converted first", [(300, [(0, 90)] * 2)], 64, order="permuted", gather=True, e4m3=True),
+    ExtendCase("e4m3 d256 fp16", [(300, [(0, 90)])], 256, torch.float16, page_size=64, e4m3=True),
     ExtendCase("e4m3 d64, cap", [(0, [(700, 200)])], 64, page_size=16, logit_cap=20.0, e4m3=True),
 )
 
@@ -135,10 +136,10 @@ def run_extend(case: ExtendCase) -> None:
     heads, kv_heads = 8, 2
     b = batch(case.requests, case.page_size, case.order)
     visible = Visible.MASKED if case.tree else Visible.CAUSAL
-    gather = GatherModel(mebibytes=2, max_page_size=32, rows_scattered=1, rows_boxed=1) if case.gather else None
+    always = GatherModel(mebibytes=2, max_page_size=32, rows_scattered=1, rows_boxed=1, rows_converted=1)
     extend = Extend(
-        b, heads, kv_heads, case.head_dim, visible=visible, window_left=case.window_left, gather=gather, poison=False,
-        kv_dtype=case.kv_dtype,
+        b, heads, kv_heads, case.head_dim, visible=visible, window_left=case.window_left, poison=False,
+        kv_dtype=case.kv_dtype, gather=always if case.gather else None,
     )  # fmt: skip
     q = torch.randn(b.num_tokens, heads, case.head_dim).to(case.dtype).cuda()
     k, v = (torch.randn(b.num_slots, kv_heads, case.head_dim).to(case.kv_dtype).cuda() for _ in range(2))

@@ -11,7 +11,7 @@ import torch
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("no Hopper GPU", allow_module_level=True)
 
-from gpu.extend_cases import Extend, assert_accurate, batch, exact, pools, tree_mask
+from gpu.extend_cases import GATHER_ALWAYS, Extend, assert_accurate, batch, exact, pools, tree_mask
 
 from flashcore_sglang.config import GatherModel
 from flashcore_sglang.gpu_extend import Visible
@@ -40,9 +40,6 @@ def attend(
     torch.cuda.synchronize()
     assert_accurate(got, exact(e, q, k, v, custom_mask=mask, **options))
     return e
-
-
-GATHER_ALWAYS = GatherModel(mebibytes=256, max_page_size=64, rows_scattered=1, rows_boxed=1)
 
 
 def test_one_small_prompt_is_exact():
@@ -86,7 +83,7 @@ def test_what_is_gathered_is_exact_for_every_head_dim_and_ratio(head_dim):
 
 def test_only_what_there_is_room_for_is_gathered():
     b = batch([(640, [(0, 40)] * 9), (0, [(0, 900), (300, 200)])], order="permuted")
-    e = attend(b, gather=GatherModel(mebibytes=4, max_page_size=1, rows_scattered=1, rows_boxed=1))
+    e = attend(b, gather=GatherModel(mebibytes=4, max_page_size=1, rows_scattered=1, rows_boxed=1, rows_converted=1))
     assert 0 < e.gathered_slots <= 1024
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import torch
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("no Hopper GPU", allow_module_level=True)
 
-from gpu.extend_cases import Batch, Extend, batch, exact, tree_mask
+from gpu.extend_cases import GATHER_ALWAYS, Batch, Extend, batch, exact, tree_mask
 from gpu.fp8_cases import E4M3, assert_close_to, e4m3_pools
 
 from flashcore_sglang.config import GatherModel
@@ -26,7 +28,7 @@ MIXED = [(1024, [(0, 8)] * 20), (0, [(9000, 5), (100, 700), (0, 33)])]
 def attend(
     b: Batch, heads=32, kv_heads=8, head_dim=128, dtype=BF16, k_scale=None, v_scale=None, mask=None, sinks=False,
     logit_cap=0.0, spread=1.0, **options,
-) -> None:  # fmt: skip
+) -> Extend:  # fmt: skip
     k, v = e4m3_pools(b.owned, kv_heads, head_dim)
     q = torch.randn(b.num_tokens, heads, head_dim, device="cuda", dtype=dtype) * spread
     e = Extend(b, heads, kv_heads, head_dim, kv_dtype=E4M3, **options)
@@ -37,7 +39,9 @@ def attend(
     out = e(q, k, v, k_scale=k_scale, v_scale=v_scale, **keywords)
     torch.cuda.synchronize()
     keywords["custom_mask"] = mask
-    assert_close_to(exact(e, q, scaled(k, k_scale), scaled(v, v_scale), **keywords), out)
+    want = exact(e, q, scaled(k, k_scale), scaled(v, v_scale), **keywords)
+    assert_close_to(want, out, dtype if e.gathered_slots else FP16)
+    return e
 
 
 @pytest.mark.parametrize("length", [1, 2, 31, 33, 63, 64, 65, 95, 96, 97, 127, 128, 129, 300, 1000])
@@ -84,9 +88,32 @@ def test_windows_and_masks_are_exact():
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_gathered_segments_are_exact(head_dim):
-    b = batch([(2000, [(0, 40)] * 5), (0, [(700, 300)])], order="permuted")
-    attend(b, head_dim=head_dim, gather=GatherModel(16, 32, 1, 1))
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_a_cache_that_is_converted_first_is_read_exactly(head_dim, dtype):
+    convert = partial(attend, head_dim=head_dim, dtype=dtype, gather=GATHER_ALWAYS)
+    b = batch([(2000, [(0, 40)] * 5), (0, [(700, 300), (0, 1), (127, 2)])], order="permuted")
+    assert convert(b).gathered_slots >= 3000
+    scales = {"k_scale": torch.rand(8).cuda() + 0.2, "v_scale": torch.tensor(1.9).cuda()}
+    convert(b, **scales)
+    convert(b, **scales, sinks=True, logit_cap=20.0, spread=3.0)
+    convert(b, k_scale=0.37, v_scale=1.9)
+    convert(batch([(512, [(0, 8)] * 10), (0, [(70, 16)])], 64), visible=Visible.ALL)
+
+
+def test_trees_on_a_converted_cache_are_exact():
+    b = batch([(512, [(0, 8)] * 10), (0, [(70, 16)])])
+    assert attend(b, visible=Visible.MASKED, mask=tree_mask(b), gather=GATHER_ALWAYS).gathered_slots
+
+
+def test_what_does_not_fit_or_pay_is_not_converted():
+    b = batch([(0, [(3000, 700), (0, 300)])])
+    small = GatherModel(mebibytes=8, max_page_size=32, rows_scattered=1, rows_boxed=1, rows_converted=1)
+    assert attend(b, gather=small).gathered_slots == 0
+    assert attend(b, gather=replace(GATHER_ALWAYS, rows_converted=2000)).gathered_slots
+    assert attend(b, gather=replace(GATHER_ALWAYS, rows_converted=3000)).gathered_slots == 0
+    assert attend(b, gather=GATHER_ALWAYS, window_left=100).gathered_slots == 0
+    many = batch([(64, [(9, 40)] * 2)] * 400)  # segments
+    assert attend(many, heads=8, kv_heads=2, gather=GATHER_ALWAYS).gathered_slots == 0
 
 
 def test_random_batches_are_exact():
@@ -109,15 +136,17 @@ def test_random_batches_are_exact():
             rng.choice([BF16, FP16]),
             rng.choice([None, 0.5, torch.rand(kv_heads, device="cuda") + 0.1]),
             rng.choice([None, 2.5, torch.rand(1, device="cuda") + 0.1]),
+            gather=rng.choice([None, GATHER_ALWAYS]),
         )
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_two_runs_agree_bitwise(head_dim):
+@pytest.mark.parametrize("gather", [None, GATHER_ALWAYS])
+def test_two_runs_agree_bitwise(head_dim, gather):
     b = batch(MIXED, order="interleaved")
     k, v = e4m3_pools(b.owned, 8, head_dim)
     q = torch.randn(b.num_tokens, 32, head_dim, device="cuda", dtype=BF16)
-    e = Extend(b, 32, 8, head_dim, kv_dtype=E4M3)
+    e = Extend(b, 32, 8, head_dim, kv_dtype=E4M3, gather=gather)
     e.plan()
     first = e(q, k, v, scale=0.1)
     for _ in range(10):

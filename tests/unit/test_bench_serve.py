@@ -14,6 +14,7 @@ import bench_serve
 import serve_report
 import serving
 import sglang_benchmark
+import step_split
 
 LOG = """\
 [t] Decode batch, #running-req: 8, #token: 80, token usage: 0.11, cuda graph: True, gen throughput (token/s): 1.50, x
@@ -63,6 +64,27 @@ def test_prompts_share_their_groups_prefix_and_nothing_more():
 def test_table_says_ratio_and_target():
     text = serve_report.table(results(fa3=100.0, ours=360.0, flashinfer=120.0))
     assert "| 100 (1.0 s) | 360 (1.0 s) | 120 (1.0 s) | 3.60 | 3.5 | 3.00 |" in text
+
+
+def test_step_is_split_by_kind_of_kernel():
+    names = {
+        "void flashcore::decode_kernel<Traits<128>>": 40,
+        "flashcore::pager::forest_kernel": 5,
+        "void cutlass::device_kernel<flash::FlashAttnFwdSm90<...>>": 10,
+        "void cutlass::device_kernel<GemmUniversal>": 30,
+        "rmsnorm": 10,
+    }
+    at, events = 100.0, [{"cat": "cuda_runtime", "name": "cudaGraphLaunch", "ts": 0, "dur": 900}]
+    for name, duration in names.items():
+        events.append({"cat": "kernel", "name": name, "ts": at, "dur": duration})
+        at += duration + 1.25
+    shares = step_split.split(events)
+    assert shares == pytest.approx({"attention": 0.5, "plan": 0.05, "products": 0.3, "rest": 0.1, "idle": 0.05})
+    with pytest.raises(ValueError, match="want kernels"):
+        step_split.split(events[:1])
+    measured = results(ours=1000.0)
+    measured["backends"]["ours"]["rows"][serve_report.ROWS[0].name]["split"] = shares
+    assert "| ours | 256.00 | 128.00 | 12.80 | 76.80 | 25.60 | 12.80 |" in serve_report.split_table(measured)
 
 
 def test_percentiles_are_in_milliseconds():
