@@ -77,11 +77,16 @@ __device__ __forceinline__ void hide_by_window_and_mask(const Params& p, const I
   const int64_t at = static_cast<int64_t>(mask) + tile.position + column;
 #pragma unroll
   for (int j = 0; j < C::kTile / 8; ++j) {
+    if (j * 8 >= limit) continue;  // most columns of a tile: drafts are few
+    bool hidden[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int64_t here = at + j * 8 + i;
-      if (j * 8 + i < limit && (here >= p.mask_size || __ldg(p.custom_mask + here) == 0))
-        scores[j * 4 + r * 2 + i] = -INFINITY;
+      hidden[i] = here >= p.mask_size || __ldg(p.custom_mask + here) == 0;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (hidden[i]) scores[j * 4 + r * 2 + i] = -INFINITY;
     }
   }
 }
@@ -303,7 +308,7 @@ template <class C>
 __device__ __forceinline__ void mask_and_cap(const Params& p, const Item& item, const Tile& tile, uint32_t flags,
                                              float (&scores)[C::kTile / 2], const Rows& rows,
                                              const ItemScales<C>& scales) {
-  if constexpr (C::kGeneral) decode::cap_scores<C::kTile, C::kScaled ? 8 : C::kTile / 2>(scales.of(p), scores);
+  if constexpr (C::kGeneral) decode::cap_scores<C::kTile, C::kConverts ? 8 : C::kTile / 2>(scales.of(p), scores);
   if (flags & kMasked) hide<C>(p, item, tile, scores, rows.ends);
 }
 
