@@ -117,7 +117,7 @@ __device__ __forceinline__ void attend(const DecodeParams& p, SharedStorage<C>& 
   constexpr int kTile = C::kTile;
   // K is released behind the exponentials if their sums, which are never negative, allow: else the compiler moves them
   // behind the wait for P V, where nothing runs beside them. d 256 has no register for that.
-  constexpr bool kLateRelease = C::kQInRegisters;
+  constexpr bool kLateRelease = C::kQInRegisters && !C::kConverts;
   const uint32_t q_smem = ptx::smem_address(s.q[warpgroup_id()]);
   uint32_t q[C::kQInRegisters ? C::kHeadDim / 16 : 1][4];
   ptx::mbarrier_wait(ptx::smem_address(&s.q_full[warpgroup_id()]), q_phase_of(item, warpgroup_id()));

@@ -54,16 +54,21 @@ __device__ __forceinline__ const Token* token_of(const Params& p, const Item& it
   return row < item.q_rows ? p.work.tokens + (item.q_row + row) / p.ratio : nullptr;
 }
 
-// What a row does not see because of a sliding window or a custom mask; `limit`: tokens it sees else, from the thread's
-// first column on.
+// What a consumer keeps of its item, of the thread's two rows.
+struct Rows {
+  int ends[2];     // the first position that it does not see
+  int indices[2];  // in out; -1: there is no such row
+  int begins[2];   // the first position that it sees; of the general kernel, like
+  int masks[2];    // the element of the custom mask that stands for position 0; -1: none
+};
+
+// What lies before a sliding window.
 template <class C>
-__device__ __forceinline__ void hide_by_window_and_mask(const Params& p, const Item& item, const Tile& tile,
-                                                        float (&scores)[C::kTile / 2], int r, int row, int limit) {
-  const Token* token = token_of(p, item, row);
-  if (token == nullptr) return;
+__device__ __forceinline__ void hide_before(const Tile& tile, float (&scores)[C::kTile / 2], const int (&begins)[2]) {
   const int column = (ptx::thread_id() & 3) * 2;
-  if (p.windowed) {
-    const int begin = __ldg(&token->begin) - tile.position - column;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int begin = begins[r] - tile.position - column;
 #pragma unroll
     for (int j = 0; j < C::kTile / 8; ++j) {
 #pragma unroll
@@ -72,43 +77,53 @@ __device__ __forceinline__ void hide_by_window_and_mask(const Params& p, const I
       }
     }
   }
-  const int mask = p.custom_mask != nullptr ? __ldg(&token->mask) : -1;
-  if (mask < 0) return;
-  const int64_t at = static_cast<int64_t>(mask) + tile.position + column;
+}
+
+// What a custom mask hides; `limits`: tokens that are seen else, from the thread's first column on. Drafts are few, so
+// most columns of a tile are left out; what is read comes from memory, for both rows at a time.
+template <class C>
+__device__ __forceinline__ void hide_by_mask(const Params& p, const Tile& tile, float (&scores)[C::kTile / 2],
+                                             const int (&limits)[2], const int (&masks)[2]) {
+  const int column = (ptx::thread_id() & 3) * 2;
 #pragma unroll
   for (int j = 0; j < C::kTile / 8; ++j) {
-    if (j * 8 >= limit) continue;  // most columns of a tile: drafts are few
-    bool hidden[2];
+    if (j * 8 >= max(limits[0], limits[1])) continue;
+    bool hidden[4];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int64_t here = at + j * 8 + i;
-      hidden[i] = here >= p.mask_size || __ldg(p.custom_mask + here) == 0;
+    for (int x = 0; x < 4; ++x) {
+      const int64_t at = static_cast<int64_t>(masks[x / 2]) + tile.position + column + j * 8 + x % 2;
+      const bool read = masks[x / 2] >= 0 && j * 8 + x % 2 < limits[x / 2] && at < p.mask_size;
+      hidden[x] = masks[x / 2] >= 0 && (read ? __ldg(p.custom_mask + at) : 0) == 0;
     }
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (hidden[i]) scores[j * 4 + r * 2 + i] = -INFINITY;
+    for (int x = 0; x < 4; ++x) {
+      if (hidden[x]) scores[j * 4 + x] = -INFINITY;
     }
   }
 }
 
-// Hides what the thread's rows do not see. `ends`: first positions they do not see.
+// Hides what the thread's rows do not see.
 template <class C>
-__device__ __forceinline__ void hide(const Params& p, const Item& item, const Tile& tile, float (&scores)[C::kTile / 2],
-                                     const int (&ends)[2]) {
+__device__ __forceinline__ void hide(const Params& p, const Tile& tile, float (&scores)[C::kTile / 2],
+                                     const Rows& rows) {
   const int valid = tile.bits & 0xFF, first = (tile.bits >> 8) & 0xFF, end = (tile.bits >> 16) & 0xFF;
   const int column = (ptx::thread_id() & 3) * 2;
+  int limits[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = first_row() + 8 * r;
-    const int limit = (row >= first && row < end ? min(valid, ends[r] - tile.position) : 0) - column;
+    limits[r] = (row >= first && row < end ? min(valid, rows.ends[r] - tile.position) : 0) - column;
 #pragma unroll
     for (int j = 0; j < C::kTile / 8; ++j) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        if (j * 8 + i >= limit) scores[j * 4 + r * 2 + i] = -INFINITY;
+        if (j * 8 + i >= limits[r]) scores[j * 4 + r * 2 + i] = -INFINITY;
       }
     }
-    if constexpr (C::kGeneral) hide_by_window_and_mask<C>(p, item, tile, scores, r, row, limit);
+  }
+  if constexpr (C::kGeneral) {
+    if (p.windowed) hide_before<C>(tile, scores, rows.begins);
+    if (p.custom_mask != nullptr) hide_by_mask<C>(p, tile, scores, limits, rows.masks);
   }
 }
 
@@ -232,12 +247,6 @@ __device__ __forceinline__ void merge_chunks(const Params& p, SharedStorage<C>& 
   }
 }
 
-// What a consumer keeps of its item.
-struct Rows {
-  int ends[2];     // of the thread's two rows: the first position that it does not see
-  int indices[2];  // in out; -1: there is no such row
-};
-
 template <class C>
 __device__ __forceinline__ Rows load_rows(const Params& p, const Item& item) {
   Rows rows;
@@ -245,6 +254,10 @@ __device__ __forceinline__ Rows load_rows(const Params& p, const Item& item) {
   for (int r = 0; r < 2; ++r) {
     const Token* token = token_of(p, item, first_row() + 8 * r);
     rows.ends[r] = token != nullptr ? __ldg(&token->end) : 0;
+    if constexpr (C::kGeneral) {
+      rows.begins[r] = token != nullptr ? __ldg(&token->begin) : 0;
+      rows.masks[r] = token != nullptr && p.custom_mask != nullptr ? __ldg(&token->mask) : -1;
+    }
     // d 256 has no registers left for it, and asks again at the end.
     if constexpr (C::kQInRegisters) rows.indices[r] = token != nullptr ? __ldg(&token->index) : -1;
   }
@@ -305,11 +318,11 @@ __device__ __forceinline__ void leave_q(SharedStorage<C>& s, uint32_t flags) {
 }
 
 template <class C>
-__device__ __forceinline__ void mask_and_cap(const Params& p, const Item& item, const Tile& tile, uint32_t flags,
+__device__ __forceinline__ void mask_and_cap(const Params& p, const Tile& tile, uint32_t flags,
                                              float (&scores)[C::kTile / 2], const Rows& rows,
                                              const ItemScales<C>& scales) {
   if constexpr (C::kGeneral) decode::cap_scores<C::kTile, C::kConverts ? 8 : C::kTile / 2>(scales.of(p), scores);
-  if (flags & kMasked) hide<C>(p, item, tile, scores, rows.ends);
+  if (flags & kMasked) hide<C>(p, tile, scores, rows);
 }
 
 // What comes after a tile: its V and the K of the next tile. Looked for while there is other work, because the answers
@@ -372,7 +385,7 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage<C>& s) {
   ptx::wgmma_touch(scores);
   release<C>(s, ring, signals);
   leave_q<C>(s, flags);
-  mask_and_cap<C>(p, s.items[item], s.tiles[tile], flags, scores, rows, scales);
+  mask_and_cap<C>(p, s.tiles[tile], flags, scores, rows, scales);
   decode::softmax_rows<C, kTile>(scales.of(p), scores, acc, alpha);
   ahead.look(s, ring, tile);
   ahead.read(s);
@@ -411,7 +424,7 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage<C>& s) {
       rows = load_rows<C>(p, s.items[item % kItems]);
       reset<C>(acc);
     }
-    mask_and_cap<C>(p, s.items[item % kItems], s.tiles[tile], flags, scores, rows, scales);
+    mask_and_cap<C>(p, s.tiles[tile], flags, scores, rows, scales);
     const bool grew = decode::softmax_rows<C, kTile>(scales.of(p), scores, acc, alpha);
     const Ring<C::kBuffers> v_ring = ahead.v;
     ahead.look(s, ring, tile);
