@@ -4,7 +4,7 @@
     python scripts/bench_serve.py --backends fa3 ours --rows 1x256:8192+128:128 64x1:2048+128:128
     python scripts/bench_serve.py --defaults                            # every default of SGLang on
     python scripts/bench_serve.py --load 6                              # also TTFT and ITL, 6 s of arrivals per row
-    python scripts/bench_serve.py --split                               # also where a step's time goes
+    python scripts/bench_serve.py --split-rows 1x256:8192+128:128       # also where a step's time goes
     python scripts/bench_serve.py --sglang-benchmark                    # also SGLang's own client, with a tokenizer
     python scripts/bench_serve.py --together --backends fa3 ours --server-args \\
         "--max-total-tokens 150000 --mem-fraction-static 0.93"          # both at a time, one row on each in turn
@@ -83,6 +83,7 @@ BACKENDS = {
 SMALL = ["--cuda-graph-bs-decode", "1", "32", "64", "256", "512"]
 SMALL += ["--cuda-graph-backend-prefill", "disabled", "--mem-fraction-static", "0.8", "--max-running-requests", "512"]
 Results = dict[str, Any]
+SPLIT_TOKENS = 96
 LOAD_SHARE = 0.7
 """Of FA3's steady throughput, the rate at which requests arrive."""
 
@@ -158,7 +159,7 @@ def load(server: Server, row: Row, tokens_per_second: float, seconds: float) -> 
 def split_of(server: Server, row: Row) -> dict[str, float]:
     """The row once more, with the profiler on while all of its requests decode; rates would suffer from it."""
     warm(server, row)
-    bodies = [encode(p, row.output) for p in row.prompts()]
+    bodies = [encode(p, min(row.output, SPLIT_TOKENS)) for p in row.prompts()]
     offset = server.log_size()
     with ThreadPoolExecutor(1) as pool:
         answers = pool.submit(asyncio.run, send_all(server.url, bodies))
@@ -187,7 +188,7 @@ def bench_row(server: Server, name: str, row: Row, args: argparse.Namespace, mod
     under_load = args.load and row in (args.load_rows or args.rows) and not row.cold
     if under_load and fa3 and fa3["steady"]:
         entry["load"] = load(server, row, LOAD_SHARE * fa3["steady"], args.load)
-    if args.split and not row.cold:
+    if row in args.split_rows:
         entry["split"] = split_of(server, row)
     if args.sglang_benchmark and not row.cold:
         workload = {key: value for key, value in asdict(row).items() if key not in ("target", "cold")}
@@ -238,7 +239,8 @@ def main() -> None:
     parser.add_argument("--defaults", action="store_true", help="SGLang's own defaults: all graphs, all features")
     parser.add_argument("--load", type=float, default=0.0, metavar="SECONDS", help="also TTFT and ITL under load")
     parser.add_argument("--load-rows", nargs="+", type=parse_row, metavar="ROW", help="rows of --load; default: --rows")
-    parser.add_argument("--split", action="store_true", help="also the shares of attention and the rest in a step")
+    parser.add_argument("--split-rows", nargs="+", type=parse_row, default=[], metavar="ROW",
+                        help="rows of --rows: also the shares of attention and the rest in a step")  # fmt: skip
     parser.add_argument("--together", action="store_true", help="all servers at a time on one GPU, row by row in turn")
     parser.add_argument("--sglang-benchmark", action="store_true", help="also SGLang's own client on every row")
     parser.add_argument("--model-path", help="a model instead of dummy weights")
