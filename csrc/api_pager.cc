@@ -97,9 +97,9 @@ int checked_rows(const char* name, const TensorView& t, const DevicePagerParams&
   return static_cast<int>(t.size(0));
 }
 
-void snapshot(const DevicePager& pager, TensorView memory, TensorView req_to_token, TensorView req_pool_indices,
-              TensorView seq_lens) {
-  const DevicePagerParams& p = pager.params;
+// SGLang's table, of which the rows of one decode step are read.
+SnapshotInput decode_input(const DevicePagerParams& p, TensorView memory, TensorView req_to_token,
+                           TensorView req_pool_indices, TensorView seq_lens) {
   check_device("req_to_token", req_to_token, memory);
   check_int32_matrix("req_to_token", req_to_token, "[pool, max_context] int32 with stride 1", true);
   SnapshotInput in{};
@@ -112,6 +112,25 @@ void snapshot(const DevicePager& pager, TensorView memory, TensorView req_to_tok
   in.id_shift = p.page_shift;
   FC_CHECK(req_pool_indices.size(0) == in.rows)
       << "req_pool_indices: want " << in.rows << " entries, one per row, got " << req_pool_indices.size(0);
+  return in;
+}
+
+void snapshot(const DevicePager& pager, TensorView memory, TensorView req_to_token, TensorView req_pool_indices,
+              TensorView seq_lens) {
+  const SnapshotInput in = decode_input(pager.params, memory, req_to_token, req_pool_indices, seq_lens);
+  launch_snapshot(pager.params, in, pager.ctas, current_stream(memory));
+}
+
+void snapshot_drafts(const DevicePager& pager, TensorView memory, TensorView req_to_token, TensorView req_pool_indices,
+                     TensorView seq_lens, int64_t branches, int64_t steps) {
+  const DevicePagerParams& p = pager.params;
+  FC_CHECK(!p.ranged) << "snapshot_drafts: want a pager for decode, got one made with ranged=True";
+  SnapshotInput in = decode_input(p, memory, req_to_token, req_pool_indices, seq_lens);
+  FC_CHECK(branches >= 1 && in.rows * branches <= p.max_rows)
+      << "branches: want 1 .. " << p.max_rows / in.rows << " for " << in.rows << " requests, got " << branches;
+  FC_CHECK(steps >= 1 && steps <= kMaxDraftSteps) << "steps: want 1 .. " << kMaxDraftSteps << ", got " << steps;
+  in.rows *= static_cast<int>(branches);
+  in.branches = static_cast<int>(branches), in.steps = static_cast<int>(steps);
   launch_snapshot(p, in, pager.ctas, current_stream(memory));
 }
 
@@ -157,8 +176,8 @@ void build_layout(const DevicePager& pager, TensorView memory, Optional<TensorVi
   if (pager.stages) launch_staging(p, pager.staging, resident, pager.ctas, stream);
 }
 
-// [snapshot, snapshot_ranges, build]; their first argument is `memory`: device_pager_arrays, zero but for mismatch.
-// `report`: one int64 of pinned host memory. Both outlive the functions.
+// [snapshot, snapshot_ranges, snapshot_drafts, build]; their first argument is `memory`: device_pager_arrays, zero but
+// for mismatch. `report`: one int64 of pinned host memory. Both outlive the functions.
 Array<Function> make_device_pager(TensorView memory, TensorView report, Options options) {
   DevicePager pager(options);
   check_device("memory", memory, memory);
@@ -181,6 +200,10 @@ Array<Function> make_device_pager(TensorView memory, TensorView report, Options 
               [pager](TensorView memory, TensorView pages, bool per_page, TensorView seq_starts, TensorView seq_ends) {
                 snapshot_ranges(pager, memory, pages, per_page, seq_starts, seq_ends);
               }),
+          Function::FromTyped([pager](TensorView memory, TensorView req_to_token, TensorView req_pool_indices,
+                                      TensorView seq_lens, int64_t branches, int64_t steps) {
+            snapshot_drafts(pager, memory, req_to_token, req_pool_indices, seq_lens, branches, steps);
+          }),
           Function::FromTyped([pager](TensorView memory, Optional<TensorView> page_resident_bitmap) {
             build_layout(pager, memory, page_resident_bitmap);
           })};

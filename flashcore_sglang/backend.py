@@ -10,6 +10,7 @@ import functools
 import logging
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from flashcore_sglang.statistics import (
     ViolationLog,
     no_sharing_reason,
 )
-from flashcore_sglang.step import Step, read_step
+from flashcore_sglang.step import Drafts, Step, read_step
 
 logger = logging.getLogger("flashcore_sglang")
 SAMPLE_STEPS = 100
@@ -47,7 +48,8 @@ class FlashCoreSparseBackend(AttentionBackend):
 
     Serves decoders with multi-head, grouped-query or multi-query attention, any head dim, KV in float32, bfloat16,
     float16 or float8_e4m3fn, page sizes 1, 16, 32, 64 and 128, sliding windows, logit caps and sinks; chunked prefill,
-    mixed batches, and the verification of drafts. What it does not serve is refused here.
+    mixed batches, and the verification of drafts. What it does not serve is refused here. The steps of draft models are
+    in ``draft_backend``.
 
     Raises:
         ValueError: one message with every reason not to serve and its remedy.
@@ -71,7 +73,7 @@ class FlashCoreSparseBackend(AttentionBackend):
         self._scaled = facts.kv_cache_dtype == E4M3
         self.num_pages = self._pages_of(self.token_to_kv_pool.size)
         self.forward_metadata: CpuStep | GpuStep | None = None
-        self._facts = facts
+        self.facts = facts
         self._sharing = env.sharing() and not facts.deterministic
         self._window_loc: torch.Tensor | None = None
         self._static_window_loc: torch.Tensor | None = None
@@ -108,8 +110,8 @@ class FlashCoreSparseBackend(AttentionBackend):
         mode = forward_batch.forward_mode
         if mode.is_idle():
             return
-        if in_capture and not (mode.is_decode() or mode.is_target_verify()):
-            raise ValueError(f"{NAME}: want CUDA graphs of decode and verification only, got {mode.name}")
+        if in_capture and not (mode.is_decode() or mode.is_target_verify() or mode.is_draft_extend_v2()):
+            raise ValueError(f"{NAME}: want CUDA graphs of decode and drafts only, got {mode.name}")
         step = read_step(forward_batch)
         self._translate_out_cache_loc(forward_batch)
         if self._gpu and self._gpu.serves(step):
@@ -133,9 +135,14 @@ class FlashCoreSparseBackend(AttentionBackend):
         """What captured steps need beside the buffers that the constructor allocated for any batch size."""
         if self._slot_map is not None:
             self._static_window_loc = torch.zeros(max_num_tokens, dtype=torch.int64, device=self.device)
-        trees = self._facts.draft_branches > 1 or self._facts.speculative_algorithm == "NGRAM"
-        if self._gpu and self._facts.draft_tokens and trees:
+        trees = self.facts.draft_branches > 1 or self.facts.speculative_algorithm == "NGRAM"
+        if self._gpu and self.facts.draft_tokens and trees and not self.facts.draft_steps:
             self._gpu.make_mask(max_bs)
+
+    def plan_drafts(self, drafts: Drafts) -> Sequence[CpuStep | GpuStep]:
+        """Each step of a draft model, from one private snapshot of the rows of ``req_to_token``."""
+        table = self.req_to_token_pool.req_to_token
+        return self._gpu.snapshot_drafts(drafts, table) if self._gpu else self._cpu.plan_drafts(drafts, table)
 
     def update_verify_buffers_to_fill_after_draft(self, spec_info: Any, cuda_graph_bs: int | None) -> None:
         """Where a step was planned before its drafts were there: takes their mask. Plans depend on lengths alone."""
@@ -239,7 +246,7 @@ class FlashCoreSparseBackend(AttentionBackend):
     def _cpu(self) -> CpuAttention:
         """In PyTorch: all that the kernels do not take."""
         return CpuAttention(
-            self._facts.layers,
+            self.facts.layers,
             page_size=self.page_size,
             num_pages=self.num_pages,
             sharing=self._sharing,
@@ -250,17 +257,18 @@ class FlashCoreSparseBackend(AttentionBackend):
         chunk = getattr(model_runner.server_args, "chunked_prefill_size", None) or 0
         rows, context = self.req_to_token_pool.req_to_token.shape
         return GpuAttention(
-            self._facts,
+            self.facts,
             num_pages=self.num_pages,
             window_pages=self._pages_of(getattr(self.token_to_kv_pool, "size_swa", 0)),
             table_shape=(rows, context),
             max_extend=chunk if chunk > 0 else 8192,
             sharing=self._sharing,
             device=self.device,
+            branches=self.facts.draft_branches if self.facts.draft_steps else 1,
         )
 
     def _describe_gpu(self, gpu: GpuAttention) -> str:
-        extend = " and extend" if self._facts.serves_prefill else ""
+        extend = " and extend" if self.facts.serves_prefill else ""
         return f"WGMMA decode{extend} ({gpu.mebibytes:.0f} MiB of buffers)"
 
     def _make_consumers(self, model_runner: Any, reason: str | None) -> tuple[int, list[Consumer]]:

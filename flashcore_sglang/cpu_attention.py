@@ -12,7 +12,7 @@ from flashcore_sglang import ops
 from flashcore_sglang.layout import CsrLayout, CsrPager
 from flashcore_sglang.reach import Reach
 from flashcore_sglang.requirements import LayerFacts
-from flashcore_sglang.step import Step
+from flashcore_sglang.step import Drafts, Step
 
 Kind = tuple[Reach, bool]
 
@@ -85,6 +85,11 @@ class CpuAttention:
             for reach, translated in self._kinds
         }
         return CpuStep(step.num_tokens, layout, plans)
+
+    def plan_drafts(self, drafts: Drafts, req_to_token: torch.Tensor) -> list[CpuStep]:
+        """As ``plan``, for each step of a draft model. Layers in a pool of windows are not served."""
+        table, rows = drafts.table(req_to_token, self._pager.page_size)
+        return [self.plan(Step(rows, lens, None, drafts.num_rows, 1), table, None) for lens in drafts.lens()]
 
     def attend(
         self,

@@ -146,7 +146,7 @@ class DevicePager:
         self._memory = torch.zeros(total, dtype=torch.int32, device=device)
         self._array("mismatch").fill_(-1)
         self._report = torch.zeros(1, dtype=torch.int64, pin_memory=True)
-        self._snapshot, self._snapshot_ranges, self._build = library.make_device_pager(
+        self._snapshot, self._snapshot_ranges, self._snapshot_drafts, self._build = library.make_device_pager(
             self._memory, self._report, options
         )
         self._layouts: dict[int, DeviceLayout] = {}
@@ -186,6 +186,31 @@ class DevicePager:
         """
         pages, tokens = page_table(token_to_page, self.page_size, "cuda")
         self._snapshot_ranges(self._memory, pages, tokens > 1, seq_starts, seq_ends)
+
+    def snapshot_drafts(
+        self,
+        req_to_token: torch.Tensor,
+        req_pool_indices: torch.Tensor,
+        seq_lens: torch.Tensor,
+        branches: int,
+        steps: int,
+    ) -> None:
+        """Copies what the steps of a draft model read: a row for each branch of each request. One launch.
+
+        Args:
+            req_to_token, req_pool_indices, seq_lens: as for ``snapshot``; the lengths leave the drafts out.
+            branches, steps: as ``step.Drafts`` has them; at most ``max_rows`` branches in all, and 1,024 steps.
+
+        A row ends with its branch's first draft; ``row_ends`` may be moved on to the last before another ``build``.
+
+        Raises ValueError as ``snapshot``, and for a pager that is ``ranged``.
+        """
+        self._snapshot_drafts(self._memory, req_to_token, req_pool_indices, seq_lens, branches, steps)
+
+    @property
+    def row_ends(self) -> torch.Tensor:
+        """[max_rows] int32: tokens of each row, which ``build`` reads."""
+        return self._array("row_end")
 
     def build(self, page_resident_bitmap: torch.Tensor | None = None) -> None:
         """The layout of the last snapshot, into the buffers of ``layout``. One launch, current stream, capturable.
@@ -238,7 +263,7 @@ class DevicePager:
 
     def pages_wanted(self, num_rows: int) -> torch.Tensor:
         """[1] int64: pages of the last snapshot's ``num_rows`` rows, if each reads its own. Launches on the GPU."""
-        ends = self._array("row_end")[:num_rows]
+        ends = self.row_ends[:num_rows]
         return ((ends + (self.page_size - 1)) // self.page_size).sum(dim=0, keepdim=True)
 
     def violation(self) -> tuple[int, int, int, int] | None:

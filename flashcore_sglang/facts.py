@@ -19,6 +19,8 @@ def facts_of(model_runner: Any) -> ServingFacts:
     device = torch.device(model_runner.device).type
     layers = [m for m in model_runner.model.modules() if isinstance(m, RadixAttention)]
     in_window_pool = getattr(pool, "layers_mapping", {})
+    drafts = getattr(model_runner, "is_draft_worker", False)
+    several_models = _speculation(args, "enable_multi_layer_eagle")
     return ServingFacts(
         sglang_version=sglang_version,
         device=device,
@@ -33,6 +35,8 @@ def facts_of(model_runner: Any) -> ServingFacts:
         speculative_algorithm=args.speculative_algorithm,
         draft_tokens=_draft_tokens(model_runner),
         draft_branches=_speculation(args, "speculative_eagle_topk") or 1,
+        draft_steps=(_speculation(args, "speculative_num_steps") or 0) if drafts else 0,
+        draft_models=(_speculation(args, "speculative_num_steps") or 0) if drafts and several_models else 0,
         deterministic=bool(args.enable_deterministic_inference),
         max_requests=model_runner.req_to_token_pool.req_to_token.shape[0] - 1,  # the first row is padding
         serves_prefill=serves_prefill(model_runner),
@@ -65,7 +69,9 @@ def facts_of(model_runner: Any) -> ServingFacts:
 def serves_prefill(model_runner: Any) -> bool:
     """Whether new tokens come to this backend, too; True where that is not known."""
     args = model_runner.server_args
-    names = (getattr(args, "prefill_attention_backend", None), getattr(args, "attention_backend", None))
+    names = [getattr(args, "prefill_attention_backend", None), getattr(args, "attention_backend", None)]
+    if getattr(model_runner, "is_draft_worker", False):
+        names.insert(0, _speculation(args, "speculative_draft_attention_backend"))
     return next((name for name in names if name), NAME) == NAME
 
 
@@ -80,11 +86,11 @@ def _speculation(args: Any, name: str) -> Any:
 
 
 def _draft_tokens(model_runner: Any) -> int:
-    """Drafts of a request that come to this backend at a time; 0: none do."""
+    """Drafts of a request that come to this backend at a time, to be verified or taken in; 0: none do."""
     args = model_runner.server_args
     drafts = _speculation(args, "speculative_num_draft_tokens") or 0
-    verifies = serves_prefill(model_runner) or _speculation(args, "speculative_attention_mode") == "decode"
-    return drafts if verifies and not getattr(model_runner, "is_draft_worker", False) else 0
+    gets_them = serves_prefill(model_runner) or _speculation(args, "speculative_attention_mode") == "decode"
+    return drafts if gets_them else 0
 
 
 def _pools(pool: Any) -> list[Any]:

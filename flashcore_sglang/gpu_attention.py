@@ -3,6 +3,9 @@
 Layers that read everything share one pager; layers with windows or chunks of one size share one ``DeviceWindow``. Each
 shape of heads has a workspace of its own. ``snapshot`` is the only reader of SGLang's tables and runs outside CUDA
 graphs; ``plan`` and ``attend`` are captured.
+
+The steps of a draft model run one after the other in one graph, which plans each before its first layer: its rows have
+grown by a token. So they share all buffers.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from flashcore_sglang.gpu_decode import GpuDecode
 from flashcore_sglang.gpu_extend import GpuExtend, Visible
 from flashcore_sglang.reach import Reach
 from flashcore_sglang.requirements import LayerFacts, ServingFacts
-from flashcore_sglang.step import Step
+from flashcore_sglang.step import Drafts, Step
 
 Kind = tuple[Reach, bool, int, int, int]
 
@@ -56,6 +59,7 @@ class GpuAttention:
         facts:      of the server.
         num_pages:  of the KV pool. window_pages: of the pool of layers with a window, if they have one.
         table_shape: of SGLang's ``req_to_token``.
+        branches:   of the drafts of a request that are decoded at a time; 1 where none are.
         max_extend: new tokens of a step that there is room for at first.
         sharing:    False: every request reads its own pages.
         device:     a Hopper GPU.
@@ -73,8 +77,10 @@ class GpuAttention:
         max_extend: int,
         sharing: bool,
         device: torch.device | str,
+        branches: int = 1,
     ) -> None:
-        self.max_rows = min(MAX_ROWS, table_shape[0])
+        self.max_rows = min(MAX_ROWS, table_shape[0] * branches)
+        self._max_requests = min(MAX_ROWS, table_shape[0])
         self._facts, self._sharing, self._device = facts, sharing, device
         self._num_pages, self._window_pages = num_pages, window_pages
         self._max_tokens = min(table_shape[1], num_pages * facts.page_size)
@@ -92,6 +98,8 @@ class GpuAttention:
         )
         self._mask: torch.Tensor | None = None
         self._mask_rows = 0
+        self._step_lens = torch.zeros(max(facts.draft_steps - 1, 0), self.max_rows, **ints)
+        self.planned: GpuStep | None = None
 
     @property
     def full(self) -> GpuDecode | None:
@@ -181,6 +189,30 @@ class GpuAttention:
             kernel.use(kernels.window.num_rows if kernels.window else step.num_rows)
         return GpuStep(self, step, mask)
 
+    def snapshot_drafts(self, drafts: Drafts, req_to_token: torch.Tensor) -> list[GpuDraftStep]:
+        """Copies what all steps of a draft model read. Nothing is read on the host. Not for capture.
+
+        Raises ValueError for more branches or steps than there is room for, and for layers with windows or chunks.
+        """
+        rows, most = drafts.num_rows, len(self._step_lens) + 1
+        if rows > self.max_rows or drafts.steps > most:
+            raise ValueError(
+                f"speculative decoding: want at most {self.max_rows} branches of {most} drafts, got {rows} of "
+                f"{drafts.steps}"
+            )
+        if self._pager is None or self._windows:
+            raise ValueError("speculative decoding: want draft models without windows and chunks, got some")
+        self._step_lens[: drafts.steps - 1, :rows] = drafts.lens().clamp_(0, self._max_tokens)
+        self._pager.snapshot_drafts(
+            req_to_token, drafts.req_pool_indices, drafts.seq_lens, drafts.branches, drafts.steps
+        )
+        for kernels in self._kernels.values():
+            kernels.decode.use(rows)
+        steps = (
+            Step(drafts.req_pool_indices, lens[:rows], None, rows, 1) for lens in self._step_lens[: drafts.steps - 1]
+        )
+        return [GpuDraftStep(self, step, self._pager) for step in steps]
+
     def kernels(self) -> dict[Kind, Kernels]:
         return self._kernels
 
@@ -228,7 +260,7 @@ class GpuAttention:
             window,
             decode,
             extend(self._max_extend) if facts.serves_prefill else None,
-            extend(self.max_rows * self._drafts) if self._drafts else None,
+            extend(self._max_requests * self._drafts) if self._drafts else None,
         )
 
     def _window(self, reach: Reach, translated: bool) -> DeviceWindow:
@@ -261,6 +293,7 @@ class GpuStep:
 
     def plan(self) -> None:
         """Segments and work lists, for all layers. Capturable."""
+        self._attention.planned = self
         step = self._step
         for (reach, *_), kernels in self._attention.kernels().items():
             kernel, window = kernels.of(step), kernels.window
@@ -294,3 +327,23 @@ class GpuStep:
             kernel.attend(q, k_cache, v_cache, out, custom_mask=mask, **options)
         elif kernel:
             kernel.attend(q, k_cache, v_cache, out, **options)
+
+
+class GpuDraftStep(GpuStep):
+    """A step of a draft model, planned by its first layer if ``plan`` has not been called."""
+
+    def __init__(self, attention: GpuAttention, step: Step, pager: DevicePager) -> None:
+        super().__init__(attention, step, None)
+        self._pager = pager
+
+    def plan(self) -> None:
+        """Segments and work lists, for all layers. Capturable."""
+        lens = self._step.seq_lens
+        self._pager.row_ends[: lens.numel()].copy_(lens)
+        super().plan()
+
+    def attend(self, *args: Any, **options: Any) -> None:
+        """As ``GpuStep.attend``."""
+        if self._attention.planned is not self:
+            self.plan()
+        super().attend(*args, **options)

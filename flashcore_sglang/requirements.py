@@ -68,8 +68,10 @@ class ServingFacts:
     is_mla: bool = False
     is_encoder_decoder: bool = False
     speculative_algorithm: str | None = None
-    draft_tokens: int = 0  # that are verified at a time, for each request
+    draft_tokens: int = 0  # that are verified at a time, for each request, or taken in by a draft model
     draft_branches: int = 1  # of the tree of drafts, at each of its tokens
+    draft_steps: int = 0  # of the tree, of a draft model; 0: this is none
+    draft_models: int = 0  # one after the other, each for one step and with a pool of its own; 0: this is none of them
     deterministic: bool = False
     max_requests: int = 0  # that may run at a time; 0: not known
     serves_prefill: bool = True
@@ -120,6 +122,27 @@ def refusals(facts: ServingFacts) -> list[str]:
     reasons += _model_refusals(facts) + _pool_refusals(facts) + _option_refusals(facts)
     if facts.device == "cuda":
         reasons += _gpu_refusals(facts)
+    return [reason for reason in reasons if reason]
+
+
+def draft_refusals(facts: ServingFacts) -> list[str]:
+    """Every reason not to serve the steps of a draft model, as ``refusals``; another backend can."""
+    rows = facts.max_requests * facts.draft_branches
+    reasons = [
+        (
+            "draft model: want layers that read everything, got windows or chunks"
+            if not all(x.reach.everything for x in facts.layers)
+            else None
+        ),
+        (f"draft model: want KV pool {POOLS[0]}, got {facts.pool_type}" if facts.pool_type != POOLS[0] else None),
+        f"draft model: want one, got {facts.draft_models} layers with a pool each" if facts.draft_models else None,
+        (
+            f"draft model: want at most {GPU_MAX_REQUESTS} branches at a time, got {facts.max_requests} requests of "
+            f"{facts.draft_branches}"
+            if facts.device == "cuda" and rows > GPU_MAX_REQUESTS
+            else None
+        ),
+    ]
     return [reason for reason in reasons if reason]
 
 

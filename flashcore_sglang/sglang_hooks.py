@@ -6,6 +6,8 @@ does, so SGLang's checks are made for that one, and its other decisions for ours
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +16,10 @@ from typing import Any
 from flashcore_sglang.plugin import NAME
 
 DRAFT_BACKEND = "fa3"
-"""Serves the attention of draft models, which have one layer or a few: their steps and how they are fed."""
+"""Serves the attention of draft models where ours does not."""
+
+STEPS_MAKER = "_create_fa3_decode_backend"
+"""Of SGLang's factory: makes the backend of a draft model's steps. The other one makes that of its extends."""
 
 LISTED = {
     "GptOssForCausalLM": "fa3",
@@ -59,16 +64,50 @@ def install() -> None:
 def create_draft_backend(
     original: Callable[..., Any], factory: Any, name: str, backend_map: dict[str, Any], *args: Any, **kwargs: Any
 ) -> Any:
-    """The attention of a draft model: fa3's where the server runs ours."""
+    """The attention of a draft model: ours, or ``DRAFT_BACKEND`` for what ours does not serve."""
     if NAME not in backend_map and DRAFT_BACKEND in backend_map:
-        make = backend_map[DRAFT_BACKEND]
+        delegate = backend_map[DRAFT_BACKEND]
+        stamped = "stamps_children" in inspect.signature(original).parameters  # 0.5.23: makers say what they made
 
-        def delegated() -> Any:
-            logger.warning("%s: %s serves the attention of the draft model", NAME, DRAFT_BACKEND)
-            return make()
+        def make() -> Any:
+            from flashcore_sglang import draft_backend
 
-        backend_map = {**backend_map, NAME: delegated}
+            steps = delegate.__name__ == STEPS_MAKER
+            if reasons := draft_backend.reasons_to_delegate(factory.draft_model_runner, steps):
+                part = "steps" if steps else "prompts and verified tokens"
+                logger.warning("%s: %s serves the %s of the draft model: %s", NAME, DRAFT_BACKEND, part, reasons)
+                return delegate()
+            if not steps:
+                _hook_captures()
+            made = draft_backend.make_multi_step(factory) if steps else draft_backend.make_extend(factory)
+            return (NAME, made) if stamped else made
+
+        backend_map = {**backend_map, NAME: make}
     return original(factory, name, backend_map, *args, **kwargs)
+
+
+def capture_draft_graphs(original: Callable[[Any], None], worker: Any) -> None:
+    """SGLang's graphs of a draft model; its list of backends whose extends are captured has ours, too."""
+    from sglang.srt.speculative import eagle_worker_v2
+
+    from flashcore_sglang.backend import FlashCoreSparseBackend
+
+    listed = eagle_worker_v2.TritonAttnBackend
+    eagle_worker_v2.TritonAttnBackend = (listed, FlashCoreSparseBackend)  # for `isinstance`
+    try:
+        original(worker)
+    finally:
+        eagle_worker_v2.TritonAttnBackend = listed
+
+
+@functools.cache
+def _hook_captures() -> None:
+    """Not by ``install``: only where there is a draft model has SGLang imported its worker."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    target = "sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker._capture_cuda_graphs"
+    HookRegistry.register(target, capture_draft_graphs, HookType.AROUND)
+    HookRegistry.apply_hooks()
 
 
 def adjust_for_model(server_args: Any, step: Callable[[Any], None]) -> None:
@@ -82,7 +121,7 @@ def adjust_for_model(server_args: Any, step: Callable[[Any], None]) -> None:
 
 
 def adjust_for_drafts(original: Callable[[Any], None], server_args: Any) -> None:
-    """SGLang's adjustments for EAGLE; trees on pages of several tokens are drafted by ``DRAFT_BACKEND``."""
+    """SGLang's adjustments for EAGLE; it lists who drafts trees on pages of several tokens."""
     with _named(server_args, DRAFT_BACKEND):
         original(server_args)
 

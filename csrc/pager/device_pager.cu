@@ -75,7 +75,9 @@ void prepare_build(const DevicePagerParams& params, int ctas) {
 }
 
 void launch_snapshot(const DevicePagerParams& params, const SnapshotInput& input, int ctas, cudaStream_t stream) {
-  auto* kernel = params.ranged ? pager::snapshot_kernel<true> : pager::snapshot_kernel<false>;
+  auto* kernel = params.ranged        ? pager::snapshot_kernel<true, false>
+                 : input.branches > 0 ? pager::snapshot_kernel<false, true>
+                                      : pager::snapshot_kernel<false, false>;
   kernel<<<2 * ctas, pager::kSnapshotThreads, sizeof(pager::SnapshotShared), stream>>>(params, input);
   FC_CUDA(cudaGetLastError());
 }

@@ -58,6 +58,7 @@ constexpr int kTableAlign = 128;       // entries: a row of the table begins at 
 constexpr int kCompareTile = 512;      // entries that a warp compares at a time
 constexpr int kSamples = 16;           // entries of a row, at most, that propose what it shares
 constexpr int kEmitTile = 256;         // page entries that a warp writes at a time
+constexpr int kMaxDraftSteps = 1024;   // slots of a branch of drafts
 constexpr int kMaxRowPages = 1 << 20;  // a violation's block takes 20 bits of its report
 
 // Device memory, zero before the first launch.
@@ -80,6 +81,10 @@ struct IntegerArray {
 
 // What the snapshot reads. Not owned. Strides in elements. A decode step names slots, one per position, from position 0
 // on; the general form, for a pager that is `ranged`, has what is marked with *.
+//
+// Drafts: a request has `branches` rows, one after the other, each of which reads the request's tokens and then its own
+// branch's. SGLang keeps those behind the request's: page size 1, or one branch, at the position of the first draft +
+// branch x steps; else each branch begins on a page, of which the request's last tokens fill the beginning.
 struct SnapshotInput {
   const int* ids;           // [num_table_rows, row_stride] slots; * or pages
   IntegerArray table_rows;  // [rows]; rows of index 0 are padding; * nullptr: the identity, without padding
@@ -92,6 +97,8 @@ struct SnapshotInput {
   int rows;               // B, 1 .. max_rows
   int entry_shift;        // * an entry stands for 1 << entry_shift positions; elsewhere 0
   int id_shift;           // * id >> id_shift is a page; elsewhere page_shift
+  int branches;           // of drafts; 0: none, and `steps` is not used
+  int steps;              // slots of a branch; all are copied, and a row ends with the first
 };
 
 // All device memory but `report`; not owned.

@@ -5,7 +5,8 @@
 // shared memory (20 where rows have a begin). Limited by memory: 8 bytes read per entry, 4 more written only where an
 // entry changed.
 //
-// Two instances: SGLang's table of slots, rows from position 0 on, for decode; and, `kRanged`, any table and any range.
+// Three instances: SGLang's table of slots, rows from position 0 on, for decode; `kRanged`, any table and any range;
+// and `kDrafts`, SGLang's table again, with a row for each branch of a request's drafts.
 #pragma once
 #include "pager/device_block.cuh"
 
@@ -19,7 +20,7 @@ struct SnapshotShared {
   int table_row[kPagerRows];
   int blocks[kPagerRows];      // one past the last block
   int old_blocks[kPagerRows];  // of the last build, whose entries must not change
-  int begin[kPagerRows];       // first position; only with kRanged
+  int begin[kPagerRows];       // first position; only with kRanged. With kDrafts: tokens without the drafts
   int chunk_begin[kPagerRows + 1];
   int scratch[32];
 };
@@ -39,10 +40,13 @@ __device__ __forceinline__ int saturate(int64_t value) {
   return static_cast<int>(min(max(value, -int64_t{0x80000000}), int64_t{0x7FFFFFFF}));
 }
 
-template <bool kRanged>
+// A draft's range ends with its branch's first draft.
+template <bool kRanged, bool kDrafts>
 __device__ __forceinline__ RowRange read_range(const DevicePagerParams& p, const SnapshotInput& in, int row) {
   const bool identity = kRanged && in.table_rows.data == nullptr;
-  const int64_t table_row = identity ? row : load_integer(in.table_rows, row), end = load_integer(in.ends, row);
+  const int request = kDrafts ? row / in.branches : row;
+  const int64_t table_row = identity ? row : load_integer(in.table_rows, request);
+  const int64_t end = load_integer(in.ends, request) + (kDrafts ? 1 : 0);
   const int64_t begin = kRanged && in.begins.data ? load_integer(in.begins, row) : 0;
   const int64_t capacity = min(in.num_positions, static_cast<int64_t>(p.table_stride) << p.page_shift);
   RowRange range{static_cast<int>(table_row), 0, 0, false, 0, static_cast<int>(begin)};
@@ -82,23 +86,32 @@ struct RowSource {
   const int* ids;
   bool consecutive;  // one entry per block, one after the other, aligned to 16 bytes
   int begin;         // ids before it are not looked at
+  // With kDrafts: the branch's pages, from the one that the request's last tokens may share with its first branch on,
+  // lie `skipped` blocks further.
+  int own_block, skipped;
 };
 
-template <bool kRanged>
+template <bool kRanged, bool kDrafts>
 __device__ __forceinline__ RowSource find_source(const DevicePagerParams& p, const SnapshotInput& in,
                                                  const SnapshotShared& s, int row) {
   const int* ids = in.ids + s.table_row[row] * in.row_stride;
   const int entry_shift = kRanged ? in.entry_shift : 0;
   const bool unit = !kRanged || in.entry_stride == 1;
-  return {ids, unit && entry_shift == p.page_shift && (reinterpret_cast<uintptr_t>(ids) & 15) == 0,
-          kRanged ? s.begin[row] : 0};
+  RowSource source{ids, unit && entry_shift == p.page_shift && (reinterpret_cast<uintptr_t>(ids) & 15) == 0,
+                   kRanged ? s.begin[row] : 0, 0, 0};
+  if constexpr (kDrafts) {
+    const int tokens = s.begin[row], mask = (1 << p.page_shift) - 1;
+    source.own_block = tokens >> p.page_shift;
+    source.skipped = row % in.branches * (((tokens & mask) + in.steps + mask) >> p.page_shift);
+  }
+  return source;
 }
 
 // Four consecutive blocks of a row from `block` on. Streamed: the table, which the build reads, is to stay in L2.
-template <bool kRanged>
+template <bool kRanged, bool kDrafts>
 __device__ __forceinline__ void load_ids(const SnapshotInput& in, const RowSource& source, int page_shift, int block,
                                          int blocks, int (&ids)[4]) {
-  if (source.consecutive && block + 3 < blocks) {
+  if (source.consecutive && block + 3 < (kDrafts ? min(blocks, source.own_block) : blocks)) {
     const int4 v = __ldcs(reinterpret_cast<const int4*>(source.ids + block));
     ids[0] = v.x, ids[1] = v.y, ids[2] = v.z, ids[3] = v.w;
     return;
@@ -111,6 +124,10 @@ __device__ __forceinline__ void load_ids(const SnapshotInput& in, const RowSourc
     if constexpr (kRanged) {
       if (block + k < source.begin >> page_shift) continue;
       entry = (max(entry, static_cast<int64_t>(source.begin)) >> in.entry_shift) * in.entry_stride;
+    }
+    if constexpr (kDrafts) {
+      if (block + k >= source.own_block) entry += static_cast<int64_t>(source.skipped) << page_shift;
+      entry = min(entry, in.num_positions - 1);
     }
     ids[k] = __ldcs(source.ids + entry);
   }
@@ -149,13 +166,13 @@ __device__ __forceinline__ bool store_pages(const DevicePagerParams& p, int row,
   return old_differs;
 }
 
-template <bool kRanged>
+template <bool kRanged, bool kDrafts>
 __device__ __forceinline__ bool copy_chunk(const DevicePagerParams& p, const SnapshotInput& in, const SnapshotShared& s,
                                            const Sampling& sampling, int chunk) {
   const int row = find_interval(s.chunk_begin, in.rows, chunk);
   const int first_block = kRanged ? s.begin[row] >> p.page_shift : 0, blocks = s.blocks[row];
   const int first = (first_block & ~3) + (chunk - s.chunk_begin[row]) * kSnapshotChunk + 4 * (threadIdx.x & 31);
-  const RowSource source = find_source<kRanged>(p, in, s, row);
+  const RowSource source = find_source<kRanged, kDrafts>(p, in, s, row);
   const int id_shift = kRanged ? in.id_shift : p.page_shift, old_blocks = s.old_blocks[row];
   int4* stored = reinterpret_cast<int4*>(p.table + static_cast<int64_t>(row) * p.table_stride);
   int ids[kVectors][4];
@@ -164,7 +181,7 @@ __device__ __forceinline__ bool copy_chunk(const DevicePagerParams& p, const Sna
   for (int i = 0; i < kVectors; ++i) {  // all loads before the first use
     const int block = first + i * 128;
     if (block < blocks) {
-      load_ids<kRanged>(in, source, p.page_shift, block, blocks, ids[i]);
+      load_ids<kRanged, kDrafts>(in, source, p.page_shift, block, blocks, ids[i]);
       old[i] = stored[block / 4];
     }
   }
@@ -180,7 +197,7 @@ __device__ __forceinline__ bool copy_chunk(const DevicePagerParams& p, const Sna
   return changed;
 }
 
-template <bool kRanged>
+template <bool kRanged, bool kDrafts>
 __global__ void __launch_bounds__(kSnapshotThreads, 2)
     snapshot_kernel(const __grid_constant__ DevicePagerParams p, const __grid_constant__ SnapshotInput in) {
   SnapshotShared& s = shared_memory<SnapshotShared>();
@@ -192,8 +209,12 @@ __global__ void __launch_bounds__(kSnapshotThreads, 2)
     const int row = threadIdx.x * kRowsPerThread + k;
     chunks[k] = 0;
     if (row < in.rows) {
-      const RowRange range = read_range<kRanged>(p, in, row);
-      const int blocks = (range.end + mask) >> p.page_shift;
+      const RowRange range = read_range<kRanged, kDrafts>(p, in, row);
+      int blocks = (range.end + mask) >> p.page_shift;
+      if constexpr (kDrafts) {
+        s.begin[row] = max(range.end - 1, 0);
+        if (range.end > 0) blocks = min((range.end - 1 + in.steps + mask) >> p.page_shift, p.table_stride);
+      }
       s.table_row[row] = range.table_row;
       s.blocks[row] = blocks;
       const int old_end = p.forest_end[row];
@@ -222,7 +243,7 @@ __global__ void __launch_bounds__(kSnapshotThreads, 2)
   const int warps = gridDim.x * (kSnapshotThreads / 32);
   bool changed = false;
   for (int chunk = (threadIdx.x >> 5) * gridDim.x + blockIdx.x; chunk < total; chunk += warps) {
-    changed |= copy_chunk<kRanged>(p, in, s, sampling, chunk);
+    changed |= copy_chunk<kRanged, kDrafts>(p, in, s, sampling, chunk);
   }
   // Once per CTA: thousands of stores to one word would take their turns.
   if (__syncthreads_or(changed) && threadIdx.x == 0) p.state->changed = 1;

@@ -210,7 +210,7 @@ def test_capture_is_refused_on_a_cpu(scheduler):
     row, _ = scheduler.add([1, 2])
     with pytest.raises(ValueError, match="CUDA graphs: want none on a CPU, got 1"):
         backend.init_forward_metadata_out_graph(scheduler.batch([row]), in_capture=True)
-    with pytest.raises(ValueError, match="want CUDA graphs of decode and verification only, got EXTEND"):
+    with pytest.raises(ValueError, match="want CUDA graphs of decode and drafts only, got EXTEND"):
         backend.init_forward_metadata_out_graph(scheduler.batch([row], [2]), in_capture=True)
 
 

@@ -15,6 +15,7 @@ from gpu.pager_cases import COSTS, Batch, check_equal, cpu_pager, device_pager, 
 
 from flashcore_sglang.config import SHARE_ALWAYS
 from flashcore_sglang.device_pager import DevicePager
+from flashcore_sglang.step import Drafts
 
 pytestmark = pytest.mark.gpu
 
@@ -121,6 +122,42 @@ def test_a_batch_that_changes_size_equals_the_cpu_pagers():
     for rows in (batch.rows.numel(), 1, batch.rows.numel() // 2 + 1, batch.rows.numel()):
         part = replace(batch, rows=batch.rows[:rows].clone(), lens=batch.lens[:rows].clone())
         check_equal(step(pager, part).to_cpu(), cpu.step(part.table, part.rows, part.lens))
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_steps_of_drafts_equal_the_cpu_pagers(page_size):
+    """Rounds of four steps in one to three branches; each step's rows have grown by a token."""
+    for seed in range(9):
+        batch, steps, branches = random_batch(seed + 900, page_size, tidy=True), 5, 1 + seed % 3
+        pager = DevicePager(
+            page_size,
+            max_rows=branches * batch.rows.numel(),
+            max_tokens=batch.table.shape[1],
+            num_pages=batch.num_pages,
+            cost_model=SHARE_ALWAYS,
+            canonical=True,
+        )
+        cpu = cpu_pager(batch)
+        for accepted in (0, 1, steps):
+            batch.lens = batch.lens + accepted
+            drafts = Drafts(batch.rows, batch.lens, branches, steps)
+            table, rows = drafts.table(batch.table, page_size)
+            pager.snapshot_drafts(batch.table.cuda(), batch.rows.cuda(), batch.lens.cuda(), branches, steps)
+            for step_number, lens in enumerate(drafts.lens()):
+                pager.row_ends[: drafts.num_rows] = lens.cuda()
+                pager.build()
+                got, want = pager.layout(drafts.num_rows).to_cpu(), cpu.step(table, rows, lens)
+                assert got.appended or step_number == 0
+                check_equal(replace(got, appended=want.appended), want)
+
+
+def test_drafts_that_do_not_fit_are_value_errors():
+    batch = random_batch(1, 1)
+    table, rows, lens = batch.table.cuda(), batch.rows.cuda(), batch.lens.cuda()
+    with pytest.raises(ValueError, match=r"branches: want 1 \.\. 1 for .* requests, got 2"):
+        device_pager(batch).snapshot_drafts(table, rows, lens, 2, 3)
+    with pytest.raises(ValueError, match=r"steps: want 1 \.\. 1024, got 0"):
+        device_pager(batch).snapshot_drafts(table, rows, lens, 1, 0)
 
 
 def test_graph_replay_equals_eager():

@@ -16,6 +16,7 @@ VARIANTS = {
     "none": {},
     "chain": {**COMMON, "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 4},
     "tree": {**COMMON, "speculative_eagle_topk": 4, "speculative_num_draft_tokens": 8},
+    "tree on pages": {**COMMON, "speculative_eagle_topk": 2, "speculative_num_draft_tokens": 6, "page_size": 16},
     "ngram": {"speculative_algorithm": "NGRAM", "speculative_num_draft_tokens": 8},
 }
 TOKENS = 24
@@ -62,7 +63,7 @@ def main() -> None:
         max_total_tokens=8192,
         max_running_requests=4,
         random_seed=1,
-        log_level="warning",
+        log_level="info",
         **variant,
     )
     generator = torch.Generator().manual_seed(3)

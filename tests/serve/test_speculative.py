@@ -19,7 +19,13 @@ pytestmark = [
 ]
 
 
-VARIANTS = ["chain", "tree", "ngram"]
+VARIANTS = ["chain", "tree", "tree on pages", "ngram"]
+DRAFTED = [
+    "flashcore_sparse serves the steps of the draft model",
+    "flashcore_sparse serves the prompts and the verified tokens of the draft model",
+    "Capture draft decode CUDA graph end",
+    "Capture draft extend CUDA graph end",
+]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +37,9 @@ def programs(request) -> Programs:
 
 def answers_of(programs: Programs, variant: str) -> dict:
     done = programs[variant,]
-    assert "flashcore_sparse serves on cuda" in done.stdout + done.stderr
+    log = done.stdout + done.stderr
+    assert "flashcore_sparse serves on cuda" in log
+    assert [line for line in DRAFTED if line not in log] == (DRAFTED if variant in ("none", "ngram") else [])
     return json.loads(re.search(r"^ANSWERS (.*)$", done.stdout, re.M)[1])
 
 

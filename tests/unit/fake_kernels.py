@@ -14,18 +14,32 @@ import torch
 from flashcore_sglang import gpu_attention, reference
 from flashcore_sglang.device_window import DeviceWindow
 from flashcore_sglang.gpu_extend import Visible
+from flashcore_sglang.step import Drafts
 
 
 class FakePager:
-    """Of ``DevicePager``: the snapshot."""
+    """Of ``DevicePager``: the snapshots."""
 
     mebibytes = 1.0
 
     def __init__(self, page_size: int) -> None:
-        self.page_size, self.rows, self.starts = page_size, [], []
+        self.page_size, self.rows, self.row_ends = page_size, [], torch.zeros(1024, dtype=torch.int32)
 
     def snapshot(self, req_to_token: torch.Tensor, req_pool_indices: torch.Tensor, seq_lens: torch.Tensor) -> None:
         self.rows = [req_to_token[i, :n].long() for i, n in zip(req_pool_indices, seq_lens, strict=True)]
+        self.row_ends[: len(seq_lens)] = seq_lens
+
+    def snapshot_drafts(
+        self,
+        req_to_token: torch.Tensor,
+        req_pool_indices: torch.Tensor,
+        seq_lens: torch.Tensor,
+        branches: int,
+        steps: int,
+    ) -> None:
+        drafts = Drafts(req_pool_indices, seq_lens, branches, steps)
+        table, rows = drafts.table(req_to_token, self.page_size)
+        self.snapshot(table, rows, drafts.lens()[-1])
 
     def layout(self, num_rows: int) -> SimpleNamespace:
         return SimpleNamespace(num_rows=num_rows)
@@ -37,7 +51,7 @@ class FakePager:
 def slots_of(pager: FakePager | DeviceWindow, row: int, num_rows: int) -> torch.Tensor:
     """Slots of a row, from position 0 on as its pager counts; -1 below what is read."""
     if isinstance(pager, FakePager):
-        return pager.rows[row]
+        return pager.rows[row][: pager.row_ends[row]]
     layout, size = pager.layout(num_rows), pager.page_size
     begin, end = layout.segment_positions[row].tolist()
     position = torch.arange(end)
