@@ -281,7 +281,7 @@ def sglangs_factory(monkeypatch):
         args, runner.draft_attention_backend = runner.server_args, None
         args.speculative_draft_attention_backend, args.speculative_attention_mode = None, "prefill"
         args.decode_attention_backend = args.prefill_attention_backend = args.attention_backend = NAME
-        runner.model_config.hf_config = SimpleNamespace()
+        runner.model_config.hf_config = runner.model_config.hf_text_config = SimpleNamespace(architectures=[])
         given = {"server_args": args, "draft_model_runner": runner, "topk": 2, "speculative_num_steps": STEPS}
         taken = inspect.signature(draft_utils.DraftBackendFactory).parameters
         return draft_utils.DraftBackendFactory(**{name: x for name, x in given.items() if name in taken})
