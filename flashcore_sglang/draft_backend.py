@@ -13,7 +13,7 @@ from typing import Any
 from flashcore_sglang.backend import FlashCoreSparseBackend
 from flashcore_sglang.facts import facts_of
 from flashcore_sglang.plugin import NAME
-from flashcore_sglang.requirements import draft_refusals
+from flashcore_sglang.requirements import draft_refusals, refusals
 from flashcore_sglang.step import Drafts
 
 logger = logging.getLogger("flashcore_sglang")
@@ -55,13 +55,13 @@ class MultiStepDraftBackend:
         """Nothing: the buffers are those of the draft model's backend."""
 
 
-def reasons_to_delegate(model_runner: Any, steps: bool) -> str:
-    """Why ours does not serve this draft model's steps, or its extends; empty if it does."""
+def reasons_to_delegate(model_runner: Any, part: str) -> list[str]:
+    """Why ours does not serve a part of this draft model ("steps", "extends" or "rest"); empty if it does."""
     facts = facts_of(model_runner)
-    reasons = draft_refusals(facts)
-    if not steps and not facts.serves_prefill:
+    reasons = refusals(facts) + draft_refusals(facts)
+    if part == "extends" and not facts.serves_prefill:
         reasons.append("draft model: want all new tokens here, got another backend for prompts")
-    return "; ".join(reasons)
+    return reasons
 
 
 def make_multi_step(factory: Any) -> MultiStepDraftBackend:
@@ -74,7 +74,7 @@ def make_multi_step(factory: Any) -> MultiStepDraftBackend:
 def make_extend(factory: Any) -> FlashCoreSparseBackend:
     """For ``DraftBackendFactory.create_draft_extend_backend``."""
     backend = _backend_of(factory.draft_model_runner)
-    logger.warning("%s serves the prompts and the verified tokens of the draft model", NAME)
+    logger.warning("%s serves the extends of the draft model", NAME)
     return backend
 
 

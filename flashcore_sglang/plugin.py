@@ -7,10 +7,7 @@ before anything can fail, and what fails is raised by the factory, where it stop
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from flashcore_sglang.backend import FlashCoreSparseBackend
+from typing import Any
 
 NAME = "flashcore_sparse"
 
@@ -30,10 +27,18 @@ def register() -> None:
         sglang_hooks.install()
 
 
-def create_backend(model_runner: Any) -> FlashCoreSparseBackend:
-    """The factory in SGLang's registry. Raises one ValueError with every reason not to serve."""
+def create_backend(model_runner: Any) -> Any:
+    """The factory in SGLang's registry. Raises one ValueError with every reason not to serve.
+
+    A draft model that ours does not serve gets another backend: the drafts are verified here all the same.
+    """
+    from flashcore_sglang import sglang_hooks
     from flashcore_sglang.backend import FlashCoreSparseBackend
 
+    if getattr(model_runner, "is_draft_worker", False) and sglang_hooks.delegates(model_runner, "rest"):
+        from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+
+        return ATTENTION_BACKENDS[sglang_hooks.DRAFT_BACKEND](model_runner)
     return FlashCoreSparseBackend(model_runner)
 
 

@@ -73,9 +73,7 @@ def create_draft_backend(
             from flashcore_sglang import draft_backend
 
             steps = delegate.__name__ == STEPS_MAKER
-            if reasons := draft_backend.reasons_to_delegate(factory.draft_model_runner, steps):
-                part = "steps" if steps else "prompts and verified tokens"
-                logger.warning("%s: %s serves the %s of the draft model: %s", NAME, DRAFT_BACKEND, part, reasons)
+            if delegates(factory.draft_model_runner, "steps" if steps else "extends"):
                 return delegate()
             if not steps:
                 _hook_captures()
@@ -84,6 +82,16 @@ def create_draft_backend(
 
         backend_map = {**backend_map, NAME: make}
     return original(factory, name, backend_map, *args, **kwargs)
+
+
+def delegates(draft_model_runner: Any, part: str) -> bool:
+    """Whether ``DRAFT_BACKEND`` is to serve a part of a draft model; the log says why."""
+    from flashcore_sglang.draft_backend import reasons_to_delegate
+
+    reasons = reasons_to_delegate(draft_model_runner, part)
+    if reasons:
+        logger.warning("%s: %s serves the %s of the draft model: %s", NAME, DRAFT_BACKEND, part, "; ".join(reasons))
+    return bool(reasons)
 
 
 def capture_draft_graphs(original: Callable[[Any], None], worker: Any) -> None:

@@ -116,6 +116,19 @@ ROWS: list[tuple[str, list[str], list[str]]] = [
         ],
     ),
     (
+        "draft models: chains and trees of steps, and what they take in",
+        [
+            "contract/test_drafts.py::test_every_step_equals_the_definition",
+            "contract/test_drafts.py::test_verified_tokens_are_taken_in_with_fixed_buffers",
+        ],
+        [
+            "gpu/test_drafts.py::test_every_step_equals_the_definition",
+            "gpu/test_drafts.py::test_one_graph_follows_tables_that_change",
+            "sglang_kit/test_drafts.py::test_kit_replays_the_steps_of_a_draft_model",
+            "sglang_kit/test_drafts.py::test_kit_replays_what_a_draft_model_takes_in",
+        ],
+    ),
+    (
         "engines that draft (STANDALONE, NGRAM)",
         [],
         ["serve/test_speculative.py::test_drafts_change_the_steps_and_not_the_tokens"],

@@ -19,7 +19,7 @@ from flashcore_sglang import draft_backend, reference, sglang_hooks
 from flashcore_sglang.backend import FlashCoreSparseBackend
 from flashcore_sglang.facts import facts_of
 from flashcore_sglang.gpu_attention import GpuStep
-from flashcore_sglang.plugin import NAME
+from flashcore_sglang.plugin import NAME, create_backend
 from flashcore_sglang.requirements import draft_refusals
 from flashcore_sglang.step import Drafts
 
@@ -298,7 +298,7 @@ def test_sglangs_factory_makes_ours(sglangs_factory, caplog):
     assert isinstance(steps, draft_backend.MultiStepDraftBackend) and len(steps.attn_backends) == STEPS - 1
     assert isinstance(extend, FlashCoreSparseBackend)
     assert "flashcore_sparse serves the steps of the draft model" in caplog.text
-    assert "flashcore_sparse serves the prompts and the verified tokens of the draft model" in caplog.text
+    assert "flashcore_sparse serves the extends of the draft model" in caplog.text
 
 
 def test_sglangs_factory_makes_fa3_for_what_is_not_served(sglangs_factory, caplog, monkeypatch):
@@ -360,12 +360,25 @@ def test_what_is_not_served_is_delegated(change, words):
     vars(runner.server_args).update(change)
     if not change:
         runner.model[0].sliding_window_size = 100
-    assert words in draft_backend.reasons_to_delegate(runner, True)
+    assert words in "".join(draft_backend.reasons_to_delegate(runner, "steps"))
     assert not draft_refusals(facts_of(draft_runner(2)))
 
 
 def test_prompts_stay_with_the_backend_for_prefill():
     runner = draft_runner(2)
     runner.server_args.prefill_attention_backend = "fa3"
-    assert "got another backend for prompts" in draft_backend.reasons_to_delegate(runner, False)
-    assert not draft_backend.reasons_to_delegate(runner, True)
+    assert "got another backend for prompts" in draft_backend.reasons_to_delegate(runner, "extends")[0]
+    assert not draft_backend.reasons_to_delegate(runner, "steps")
+
+
+@pytest.mark.parametrize("served", [True, False])
+def test_registry_makes_the_backend_that_serves_the_draft_model(served, monkeypatch, caplog):
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+
+    runner = draft_runner(2)
+    if not served:
+        runner.model[0].logit_cap, runner.model[0].logit_capping_method = 30.0, "sigmoid"
+    monkeypatch.setitem(ATTENTION_BACKENDS, "fa3", lambda runner: "fa3's")
+    made = create_backend(runner)
+    assert isinstance(made, FlashCoreSparseBackend) if served else made == "fa3's"
+    assert ("fa3 serves the rest of the draft model: model: want logits capped by tanh" in caplog.text) != served

@@ -17,6 +17,13 @@ VARIANTS = {
     "chain": {**COMMON, "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 4},
     "tree": {**COMMON, "speculative_eagle_topk": 4, "speculative_num_draft_tokens": 8},
     "tree on pages": {**COMMON, "speculative_eagle_topk": 2, "speculative_num_draft_tokens": 6, "page_size": 16},
+    "beside fa3": {
+        **COMMON,
+        "speculative_eagle_topk": 1,
+        "speculative_num_draft_tokens": 4,
+        "attention_backend": "fa3",
+        "decode_attention_backend": "flashcore_sparse",
+    },
     "ngram": {"speculative_algorithm": "NGRAM", "speculative_num_draft_tokens": 8},
 }
 TOKENS = 24
@@ -50,7 +57,7 @@ def main() -> None:
 
     cuda = torch.cuda.is_available()
     model = make_model(tempfile.mkdtemp())
-    variant = dict(VARIANTS[sys.argv[1]])
+    variant = {"attention_backend": "flashcore_sparse", **VARIANTS[sys.argv[1]]}
     if variant.get("speculative_algorithm") == "STANDALONE":
         variant["speculative_draft_model_path"] = model
     if cuda:
@@ -58,7 +65,6 @@ def main() -> None:
     engine = sglang.Engine(
         model_path=model,
         skip_tokenizer_init=True,
-        attention_backend="flashcore_sparse",
         device="cuda" if cuda else "cpu",
         max_total_tokens=8192,
         max_running_requests=4,
