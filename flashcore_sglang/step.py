@@ -73,7 +73,7 @@ class Drafts:
     def table(self, req_to_token: torch.Tensor, page_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The slots of each branch's positions, in a table of their own, and each branch's row in it.
 
-        Row 0 stands for SGLang's padding row. Reads the longest length on the host.
+        Row 0 is nobody's, as in SGLang's table. Reads the longest length on the host.
         """
         lens, last = self.seq_lens[:, None, None], req_to_token.shape[1] - 1
         own = lens // page_size * page_size
@@ -82,9 +82,7 @@ class Drafts:
         branch = torch.arange(self.branches, device=lens.device)[:, None]
         position = (position + torch.where(position >= own, branch * size, 0)).clamp_(0, last)
         slots = req_to_token[self.req_pool_indices.long()[:, None, None], position].flatten(0, 1)
-        rows = torch.arange(1, self.num_rows + 1, device=lens.device)
-        rows = rows * (self.req_pool_indices != 0).repeat_interleave(self.branches)
-        return torch.cat([torch.zeros_like(slots[:1]), slots]), rows
+        return torch.cat([torch.zeros_like(slots[:1]), slots]), torch.arange(1, self.num_rows + 1, device=lens.device)
 
 
 def read_step(forward_batch: Any) -> Step:
