@@ -166,6 +166,12 @@ def run_pager(page_size: int) -> None:
         pager.build()
     layout = pager.layout(f.batch).to_cpu()
     assert layout.appended and layout.status[0] == 0
+    half = f.batch // 2
+    pager.snapshot_drafts(table, rows[:half], (f.seq_lens[:half] - 9).cuda(), 2, 4)
+    for _ in range(3):
+        pager.build()
+        pager.row_ends[: 2 * half] += 1
+    assert pager.layout(2 * half).to_cpu().status[0] == 0
 
     general = DevicePager(page_size, ranged=True, staging=True, **sizes)
     pages = (f.table[1:] // page_size).cuda()
