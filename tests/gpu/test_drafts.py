@@ -69,7 +69,7 @@ class Drafting:
         pages = torch.randperm(REQUESTS * CONTEXT // self.page_size, generator=generator) + 1
         slots = (pages[:, None] * self.page_size + torch.arange(self.page_size)).view(REQUESTS, -1).int()
         slots[1:, :SHARED] = slots[0, :SHARED]
-        self.table[1:] = slots.cuda()
+        self.table[0], self.table[1:] = 0, slots.cuda()
         lens = SHARED + torch.randint(1, 100, (REQUESTS,), generator=generator)
         rows = torch.arange(1, REQUESTS + 1)
         if padded:
