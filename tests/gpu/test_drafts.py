@@ -15,7 +15,7 @@ from flashcore_sglang.step import Drafts
 
 pytestmark = pytest.mark.gpu
 
-HEADS, KV_HEADS, DIM, SCALE, STEPS, REQUESTS, CONTEXT, SHARED = 16, 4, 128, 128**-0.5, 4, 6, 1024, 640
+HEADS, KV_HEADS, DIM, SCALE, STEPS, REQUESTS, CONTEXT, SHARED = 8, 2, 128, 128**-0.5, 4, 4, 640, 256
 SHAPES = [(1, 1), (4, 1), (1, 64), (3, 16), (2, 64)]
 
 
