@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from types import SimpleNamespace
 
@@ -299,6 +300,8 @@ def test_sglangs_factory_makes_ours(sglangs_factory, caplog):
     assert isinstance(extend, FlashCoreSparseBackend)
     assert "flashcore_sparse serves the steps of the draft model" in caplog.text
     assert "flashcore_sparse serves the extends of the draft model" in caplog.text
+    worker = importlib.import_module("sglang.srt.speculative.eagle_worker_v2").EagleDraftWorker
+    assert hasattr(worker._capture_cuda_graphs, "__wrapped__"), "hooked, as its extends are to be captured"
 
 
 def test_sglangs_factory_makes_fa3_for_what_is_not_served(sglangs_factory, caplog, monkeypatch):
