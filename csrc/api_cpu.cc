@@ -13,6 +13,7 @@
 
 #include "common/check.h"
 #include "pager/pager.h"
+#include "pager/window_arguments.h"
 
 namespace flashcore {
 namespace {
@@ -22,7 +23,6 @@ using tvm::ffi::Array;
 using tvm::ffi::Function;
 using tvm::ffi::Optional;
 using tvm::ffi::Tensor;
-using tvm::ffi::TensorView;
 
 struct HostAllocator {
   void AllocData(DLTensor* t) { t->data = std::malloc(std::max<size_t>(1, tvm::ffi::GetDataSize(*t))); }
@@ -112,8 +112,17 @@ Function make_pager(int64_t page_tokens, int64_t num_pages, int64_t token_cost, 
   });
 }
 
+Function make_window(WindowOptions options) {
+  return make_window_function(
+      options, [](const WindowParams& p, const WindowInput& in, const WindowFields& out, const TensorView& table) {
+        FC_CHECK(table.device().device_type == kDLCPU) << "table: want a CPU tensor";
+        snapshot_window(p, in, out);
+      });
+}
+
 }  // namespace
 }  // namespace flashcore
 
 #pragma GCC diagnostic ignored "-Wunused-parameter"  // of the function that the macro defines
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(make_pager, flashcore::make_pager);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(make_window, flashcore::make_window);

@@ -57,7 +57,7 @@ void extend_schedule(TensorView sizes, TensorView row_order, TensorView segment_
                      int64_t page_size, int64_t max_rows, int64_t max_tokens, int64_t heads, int64_t kv_heads,
                      int64_t head_dim, int64_t partial_capacity, int64_t visible, int64_t window_left, TensorView table,
                      int64_t gather_slots, int64_t gather_rows_scattered, int64_t gather_rows_boxed,
-                     int64_t gather_rows_converted, int64_t e4m3) {
+                     int64_t gather_rows_converted, int64_t e4m3, Optional<TensorView> row_entries) {
   const WorkspaceLayout w = checked_layout(max_rows, max_tokens, heads, kv_heads, head_dim, partial_capacity, e4m3);
   const int64_t batch = row_order.numel(), segments = segment_entries.numel() - 1;
   FC_CHECK(batch >= 1 && batch <= max_rows) << "row_order: want 1 .. " << max_rows << " rows, got " << batch;
@@ -88,6 +88,7 @@ void extend_schedule(TensorView sizes, TensorView row_order, TensorView segment_
   p.q_lens = q_lens.data_ptr();
   p.num_tokens = num_tokens;
   p.table_stride = table_stride;
+  if (row_entries.has_value()) p.row_entries = int_array("row_entries", row_entries.value(), workspace, batch);
   p.visible = static_cast<Visible>(visible);
   p.window_left = window_left < 0 ? -1 : static_cast<int>(std::min(window_left, int64_t{1} << 30));
   p.kv_heads = kv_heads;

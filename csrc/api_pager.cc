@@ -77,18 +77,9 @@ Arrays device_pager_arrays(Options options) {
   return arrays;
 }
 
-void check_int32_matrix(const char* name, const TensorView& t, const char* rule, bool unit_stride) {
-  FC_CHECK(t.ndim() == 2 && t.dtype().code == kDLInt && t.dtype().bits == 32 && (!unit_stride || t.stride(1) == 1))
-      << name << ": want " << rule << ", got " << shape_text(t);
-}
-
 IntegerArray integer_array(const char* name, const TensorView& t, const TensorView& memory) {
   check_device(name, t, memory);
-  FC_CHECK(t.ndim() == 1 && t.dtype().code == kDLInt && (t.dtype().bits == 32 || t.dtype().bits == 64) &&
-           t.IsContiguous())
-      << name << ": want contiguous [B] int32 or int64, got " << shape_text(t) << " of "
-      << static_cast<int>(t.dtype().bits) << " bits";
-  return {t.data_ptr(), t.dtype().bits == 64};
+  return flashcore::integer_array(name, t);
 }
 
 int checked_rows(const char* name, const TensorView& t, const DevicePagerParams& p) {

@@ -161,6 +161,10 @@ class DevicePager:
         """Entries of a row in ``DeviceLayout.table``: the pages of row r are from ``r * table_stride`` on."""
         return self._spans["table"][1] // self.max_rows
 
+    @property
+    def row_entries(self) -> None:
+        """None: rows begin in ``DeviceLayout.table`` where ``table_stride`` says."""
+
     def snapshot(self, req_to_token: torch.Tensor, req_pool_indices: torch.Tensor, seq_lens: torch.Tensor) -> None:
         """Copies what the batch reads; the step's ``build`` and attention read the copy. One launch, current stream.
 

@@ -5,6 +5,8 @@ translated where such layers have a pool of their own. Positions are counted fro
 before the first position that is read: shifting a request's positions changes neither what is causal nor what a
 window reaches. Every request reads its own pages. New tokens in several chunks are several rows, one for each chunk.
 
+The tables are made by csrc/pager/window.h: on the GPU in one launch, on a CPU, where the tests look at them, in a loop.
+
 It has the methods of ``DevicePager`` that ``GpuDecode`` and ``GpuExtend`` use, and takes its place there.
 """
 
@@ -14,18 +16,18 @@ from typing import NamedTuple
 
 import torch
 
+from flashcore_sglang import build
 from flashcore_sglang.device_pager import DeviceLayout
 from flashcore_sglang.reach import Reach
 
 
-class _Cut(NamedTuple):
-    """What the last snapshot read: of each request its length and the position of its first query; of each row its
-    base, and its request if that is not the row's own number; the most queries of a request."""
+class _Step(NamedTuple):
+    """Of the last snapshot: ends and queries of its requests, as they were given; the longest that a request may be,
+    and the most queries of one."""
 
-    lens: torch.Tensor
-    first: torch.Tensor
-    bases: torch.Tensor
-    request: torch.Tensor | None
+    seq_lens: torch.Tensor
+    q_lens: torch.Tensor | None
+    max_tokens: int
     max_queries: int
 
 
@@ -33,13 +35,17 @@ class DeviceWindow:
     """Tables and segments of windows.
 
     Args:
-        page_size:   tokens per page.
+        page_size:   tokens per page: a power of two up to 1024.
         reach:       of the layers; chunks are whole pages.
-        max_rows:    the largest batch, padding included.
-        max_queries: new tokens of a request that there is room for; where a step has more, its table is allocated.
+        max_rows:    the largest batch, padding included: 1 to 1024.
+        max_queries: new tokens of a request that steps have which are captured.
         max_tokens:  the longest request; longer ones are cut.
-        num_pages:   pages of the pool that is read; ids outside are brought inside.
-        device:      of all tensors.
+        num_pages:   pages of the pool that is read; ids outside are read as page 0.
+        device:      of all tensors, CUDA or CPU.
+        max_extend:  new tokens of a step that there is room for at first, however they are spread over its requests. A
+                     step with more allocates more.
+
+    Raises ValueError for sizes that are not served, RuntimeError if the library cannot be compiled.
     """
 
     def __init__(
@@ -52,31 +58,47 @@ class DeviceWindow:
         max_tokens: int,
         num_pages: int,
         device: torch.device | str,
+        max_extend: int = 0,
     ) -> None:
         if reach.everything or reach.chunk % page_size:
             raise ValueError(f"reach: want a window, or chunks of whole pages of {page_size} tokens, got {reach}")
         self.page_size, self.reach, self.max_rows, self.num_rows = page_size, reach, max_rows, 1
-        self._num_pages, self._max_tokens = num_pages, max_tokens
+        self._max_tokens, self._max_queries, self._max_extend = max_tokens, max_queries, max_extend
+        # With a page of queries in it, rows do not overlap wherever they begin: csrc/pager/window.h.
+        self._stride = max(self._width(max_queries), self._width(page_size))
+        self._step_stride = self._stride
+        options = {
+            "max_rows": max_rows,
+            "page_size": page_size,
+            "num_pages": min(num_pages, 2**31 - 1),
+            "left": reach.left,
+            "chunk": reach.chunk,
+            "max_tokens": max_tokens,
+            "stride": self._stride,
+        }
+        self._snapshot = build.library(torch.device(device).type).make_window(options)
         ints = {"dtype": torch.int32, "device": device}
-        self._columns = torch.arange(-(-max_tokens // page_size), device=device) * page_size
+        # One after the other as WindowFields has them, 256 bytes apart or a multiple.
+        self._fields = torch.zeros(8, -(-(max_rows + 1) // 64) * 64, **ints)
+        self._sizes, self._status = self._fields[0, :8], torch.zeros(4, **ints)
+        self._segment_positions = self._fields[1:3].view(-1)[: 2 * max_rows].view(-1, 2)
+        self._entries = self._fields[3, : max_rows + 1]
+        self._lens, self._q_lens, self._bases, self._requests = self._fields[4:, :max_rows].unbind()
         self._rows = torch.arange(max_rows + 1, **ints)
         self._segment_rows = torch.stack([self._rows[:-1], self._rows[1:]], dim=1).contiguous()
-        self._segment_positions = torch.zeros(max_rows, 2, **ints)
-        self._lens, self._q_lens = torch.zeros(max_rows, **ints), torch.zeros(max_rows, **ints)
-        self._one = torch.ones(1, **ints)
-        self._sizes, self._status = torch.zeros(8, **ints), torch.zeros(4, **ints)
-        self._stride = self._width(max_queries)
-        self._table = torch.zeros(max_rows * self._stride, **ints)
-        self._entries = self._rows * self._stride
-        self._step_table, self._step_entries, self._step_stride = self._table, self._entries, self._stride
-        self._max_queries = max_queries
+        self._table = self._step_table = self._make_table(max_extend)
+        self._long_table, self._long_extend = self._table, max_extend
         self._mask = self._step_mask = torch.ones(0, dtype=torch.bool, device=device)
-        self._cut: _Cut | None = None
+        self._step: _Step | None = None
+
+    def _make_table(self, max_extend: int) -> torch.Tensor:
+        entries = self.max_rows * self._stride + (0 if self.reach.chunk else max_extend // self.page_size)
+        return torch.zeros(entries, dtype=torch.int32, device=self._fields.device)
 
     def make_mask(self, max_requests: int) -> None:
         """Room for the masks of trees of ``max_queries`` drafts, which then do not move."""
         rows = self.rows_of(max_requests, max_requests * self._max_queries)
-        self._mask = self._mask.new_ones(rows * self._max_queries * self._stride * self.page_size)
+        self._mask = self._mask.new_ones(rows * self._max_queries * self._width(self._max_queries) * self.page_size)
 
     @property
     def mask(self) -> torch.Tensor:
@@ -85,13 +107,19 @@ class DeviceWindow:
 
     @property
     def mebibytes(self) -> float:
-        """Device memory of all buffers."""
-        return (self._table.numel() + 7 * self.max_rows) * 4 / 2**20
+        """Device memory of all buffers but masks."""
+        tables = {x.data_ptr(): x.numel() for x in (self._table, self._long_table)}
+        return (sum(tables.values()) + self._fields.numel() + 3 * self.max_rows) * 4 / 2**20
 
     @property
     def table_stride(self) -> int:
-        """Entries of a row in ``DeviceLayout.table``, of the last snapshot."""
+        """The most entries of a row in ``DeviceLayout.table``, of the last snapshot."""
         return self._step_stride
+
+    @property
+    def row_entries(self) -> torch.Tensor:
+        """[max_rows + 1] int32: where each row of the last snapshot begins in ``DeviceLayout.table``."""
+        return self._entries
 
     @property
     def lens(self) -> torch.Tensor:
@@ -119,63 +147,58 @@ class DeviceWindow:
         max_queries: int = 1,
         slot_map: torch.Tensor | None = None,
     ) -> None:
-        """Copies what the batch reads; nothing is read on the host. Not for capture.
+        """Copies what the batch reads; nothing is read on the host. One launch. Not for capture.
 
         Args:
             req_to_token, req_pool_indices, seq_lens: as for ``DevicePager.snapshot``.
             q_lens:      [B] int32 or int64, the last tokens of each request that are queries; None: one each.
-            num_tokens:  their sum, and max_queries: the most of them of one request, where ``q_lens`` is given.
-            slot_map:    [slots] the slot of these layers' pool for each slot of the table; None: itself.
+            num_tokens:  their sum, and max_queries: the most of them of one request, where ``q_lens`` is given; what
+                         exceeds them is cut.
+            slot_map:    [slots] int32 or int64, the slot of these layers' pool for each slot of the table; None: its
+                         own.
 
-        Raises ValueError for more rows than there is room for.
+        Raises ValueError for more rows than there is room for, and for a wrong shape, dtype or device. What the tables
+        hold is never an error: ids outside their pool are read as page 0.
         """
         requests = req_pool_indices.numel()
-        self.num_rows = batch = requests if q_lens is None else self.rows_of(requests, num_tokens)
-        if not 1 <= batch <= self.max_rows:
-            raise ValueError(f"req_pool_indices: want 1 .. {self.max_rows} rows, got {batch}")
-        stride = self._width(max_queries)
-        if stride <= self._stride:
-            self._step_table, self._step_entries, self._step_stride = self._table, self._entries, self._stride
-        else:
-            self._step_table = self._table.new_empty(batch * stride)
-            self._step_entries, self._step_stride = self._rows * stride, stride
-        pool_rows, width = req_to_token.shape
-        rows, ends = req_pool_indices.clamp(0, pool_rows - 1), seq_lens.clamp(0, min(self._max_tokens, width))
-        queries = self._one if q_lens is None else torch.minimum(q_lens, ends)
-        of: torch.Tensor | None = None
-        lens, first = ends, ends - queries
-        if self.reach.chunk and q_lens is not None:
-            of, starts, ends, queries = self._split(ends, queries)
-            rows = rows[of]
-        else:
-            starts = self.reach.begin(first).clamp_(min=0)
-        bases = starts if self.page_size == 1 else starts // self.page_size * self.page_size
-        positions = (bases[:, None] + self._columns[:stride]).clamp_(max=width - 1)
-        slots = req_to_token[rows[:, None], positions]
-        if slot_map is not None:
-            slots = slot_map[slots.clamp_(0, slot_map.numel() - 1)]
-        pages = slots if self.page_size == 1 else slots // self.page_size
-        table = self._step_table.view(-1, self._step_stride)[:batch, :stride]
-        table.copy_(pages.clamp_(0, self._num_pages - 1))
-        self._lens[:batch] = ends - bases
-        self._segment_positions[:batch, 0] = starts - bases
-        self._segment_positions[:batch, 1] = self._lens[:batch]
-        self._q_lens[:batch] = queries
-        self._sizes[:1].fill_(batch)  # a kernel: a copy from the host would wait
-        self._cut = _Cut(lens, first, bases, of, max_queries)
+        self.num_rows = requests if q_lens is None else self.rows_of(requests, num_tokens)
+        if not 1 <= self.num_rows <= self.max_rows:
+            raise ValueError(f"req_pool_indices: want 1 .. {self.max_rows} rows, got {self.num_rows}")
+        max_queries = max(1, max_queries)
+        width = self._width(max_queries)
+        self._step_table = self._table if width <= self._stride else self._table_for(num_tokens)
+        self._step_stride = max(width, self._stride)
+        self._snapshot(
+            self._fields, self._step_table, req_to_token, req_pool_indices, seq_lens, q_lens, slot_map, self.num_rows,
+            num_tokens, max_queries, width,
+        )  # fmt: skip
+        self._step = _Step(seq_lens, q_lens, min(self._max_tokens, req_to_token.shape[1]), max_queries)
+
+    def _table_for(self, num_tokens: int) -> torch.Tensor:
+        """One with room for so many new tokens. What is captured reads the first, which does not move."""
+        if num_tokens <= self._max_extend:
+            return self._table
+        if num_tokens > self._long_extend:
+            if self._long_table.is_cuda:  # a step of before may still read the old one
+                self._long_table.record_stream(torch.cuda.current_stream(self._long_table.device))
+            self._long_extend = max(num_tokens, 2 * self._long_extend)
+            self._long_table = self._make_table(self._long_extend)
+        return self._long_table
 
     def take_mask(self, mask: torch.Tensor) -> None:
         """Cuts a custom mask to what the last snapshot's rows read: their queries by the positions from their base on.
 
         ``mask``: [sum of q_lens * seq_lens] bool, of the requests of the snapshot.
         """
-        assert self._cut is not None, "take_mask before snapshot"
-        lens, first, bases, of, max_queries = self._cut
-        queries, held = self.q_lens.long(), self.lens.long().clamp(min=1)
+        assert self._step is not None, "take_mask before snapshot"
+        seq_lens, q_lens, max_tokens, max_queries = self._step
+        lens = seq_lens.long().clamp(0, max_tokens)
+        first = lens - (lens.clamp(max=1) if q_lens is None else torch.minimum(q_lens, lens))
         sizes = (lens - first) * lens
         begins = sizes.cumsum(0) - sizes  # of each request in `mask`
-        if of is not None:
-            begins, lens, first = begins[of], lens[of], first[of]
+        of = self._requests[: self.num_rows].long()
+        begins, lens, first = begins[of], lens[of], first[of]
+        bases, queries, held = self._bases[: self.num_rows], self.q_lens.long(), self.lens.long().clamp(min=1)
         skipped = bases + self.lens - queries - first  # queries of the request before the row's
         cells = queries * held
         before = cells.cumsum(0)
@@ -187,23 +210,6 @@ class DeviceWindow:
         query, position = cell // held[row], cell % held[row]
         source = begins[row] + (skipped[row] + query) * lens[row] + bases[row] + position
         self._step_mask[:size] = mask[source.clamp_(0, mask.numel() - 1)]
-
-    def _split(
-        self, ends: torch.Tensor, queries: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Request, first position, end and queries of each chunk that has queries, request after request."""
-        chunk, first = self.reach.chunk, ends - queries
-        first_chunk = first // chunk
-        counts = torch.where(queries > 0, (ends - 1) // chunk - first_chunk + 1, 0)
-        before = counts.cumsum(0)
-        index = self._rows[: self.num_rows].to(before.dtype)
-        of = torch.searchsorted(before, index, right=True).clamp(max=len(ends) - 1)
-        begins = (first_chunk[of] + index - (before - counts)[of]) * chunk
-        stops = torch.minimum(ends[of], begins + chunk)
-        used = index < before[-1]
-        zero = torch.zeros_like(begins)
-        queries = torch.where(used, stops - torch.maximum(first[of], begins), zero)
-        return of, torch.where(used, begins, zero), torch.where(used, stops, zero), queries
 
     def build(self) -> None:
         """Nothing: ``snapshot`` has written all. Here because ``DevicePager`` has it."""
@@ -220,10 +226,10 @@ class DeviceWindow:
             row_order=self._rows[:num_rows],
             segment_rows=self._segment_rows,
             segment_positions=self._segment_positions,
-            page_indptr=self._step_entries,
+            page_indptr=self._entries,
             row_indptr=self._rows[: num_rows + 1],
             row_segments=self._rows[:-1],
-            segment_entries=self._step_entries,
+            segment_entries=self._entries,
             table=self._step_table,
             page_indices=None,
             run_indptr=None,
@@ -232,5 +238,6 @@ class DeviceWindow:
         )
 
     def _width(self, queries: int) -> int:
+        """The most pages that a row with so many queries reads."""
         most = -(-(self.reach.most(queries) + self.page_size - 1) // self.page_size)
-        return min(most, self._columns.numel())
+        return min(most, -(-self._max_tokens // self.page_size))

@@ -273,6 +273,7 @@ class GpuAttention:
                 max_queries=max(1, self._drafts),
                 max_tokens=self._max_tokens,
                 num_pages=self._window_pages if translated else self._num_pages,
+                max_extend=self._max_extend if self._facts.serves_prefill else 0,
                 device=self._device,
             )
         return self._windows[key]

@@ -161,7 +161,7 @@ class GpuExtend:
             seq_lens, q_lens, self._workspace, num_tokens, self.pager.table_stride, x.page_size, self.max_rows,
             self._max_tokens, self._heads, self._kv_heads, self._head_dim, self._partials, int(visible), window_left,
             x.table, self._gathered.shape[1] if self._gathers else 0, self._gather.rows_scattered,
-            self._gather.rows_boxed, self._gather.rows_converted, self._e4m3,
+            self._gather.rows_boxed, self._gather.rows_converted, self._e4m3, self.pager.row_entries,
         )  # fmt: skip
 
     def attend(

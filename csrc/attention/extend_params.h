@@ -152,8 +152,9 @@ struct ScheduleParams {
   const void* seq_lens;  // [B] int32 or int64
   const void* q_lens;    // [B] int32 or int64
   bool seq_lens_are_64bit, q_lens_are_64bit;
-  int num_tokens;    // T: what q has
-  int table_stride;  // entries of a row of the page table
+  int num_tokens;          // T: what q has
+  int table_stride;        // the most entries of a row of the page table
+  const int* row_entries;  // [B] where each row begins in the page table; nullptr: row x table_stride
   Visible visible;
   int window_left;   // positions seen before the query's own; -1: all. Causal only
   const int* table;  // page ids

@@ -312,7 +312,8 @@ __device__ __forceinline__ Piece lone_piece(const ScheduleParams& p, const Share
   Piece piece{};
   piece.begin = min(begin_of(p, s, r.first, t.x), max(s.seq_len[r.first] - 1, 0));
   piece.tokens = max(min(end_of(p, s, r.first, t.y - 1), s.seq_len[r.first]) - piece.begin, 0);
-  piece.entry = s.row[r.first] * p.table_stride + piece.begin / p.layout.page_size;
+  const int row = s.row[r.first];
+  piece.entry = (p.row_entries ? p.row_entries[row] : row * p.table_stride) + piece.begin / p.layout.page_size;
   piece.from = p.window_left >= 0 ? begin_of(p, s, r.first, t.y - 1) - piece.begin : 0;
   piece.full = min(max(full_of(p, s, r.first, t.x) - piece.begin, 0), piece.tokens);
   piece.rows = r.q_rows << 16;

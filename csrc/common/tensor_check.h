@@ -4,22 +4,15 @@
 #include <tvm/ffi/extra/c_env_api.h>
 #include <tvm/ffi/optional.h>
 
-#include <string>
 #include <utility>
 
 #include "attention/params.h"
+#include "common/argument.h"
 #include "common/cuda_check.h"
 
 namespace flashcore {
 
 using tvm::ffi::Optional;
-using tvm::ffi::TensorView;
-
-inline std::string shape_text(const TensorView& t) {
-  std::string s = "[";
-  for (int i = 0; i < t.ndim(); ++i) s += (i ? ", " : "") + std::to_string(t.size(i));
-  return s + "]";
-}
 
 inline cudaStream_t current_stream(const TensorView& t) {
   return static_cast<cudaStream_t>(TVMFFIEnvGetStream(t.device().device_type, t.device().device_id));

@@ -50,6 +50,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "common/host_device.h"
+
 namespace flashcore {
 
 constexpr int kPagerRows = 1024;       // rows of a batch: one thread each
@@ -72,11 +74,6 @@ struct PagerState {
   // Entry i << sample_shift of a row is its sample i; 0: none are kept. The next snapshot writes them all, or only what
   // has changed.
   int sample_shift, resample;
-};
-
-struct IntegerArray {
-  const void* data;  // int32 or int64
-  bool are_64bit;
 };
 
 // What the snapshot reads. Not owned. Strides in elements. A decode step names slots, one per position, from position 0

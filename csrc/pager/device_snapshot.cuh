@@ -32,10 +32,6 @@ struct RowRange {
   int given_begin;  // as the caller gave it
 };
 
-__device__ __forceinline__ int64_t load_integer(const IntegerArray& values, int i) {
-  return values.are_64bit ? static_cast<const int64_t*>(values.data)[i] : static_cast<const int*>(values.data)[i];
-}
-
 __device__ __forceinline__ int saturate(int64_t value) {
   return static_cast<int>(min(max(value, -int64_t{0x80000000}), int64_t{0x7FFFFFFF}));
 }

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from unit.strategies import Batch, forests
 from unit.test_attention import MIXED, TINY, Case, forest, make
+from unit.window_cases import check, random_case
 
 from flashcore_sglang import ops, reference
 from flashcore_sglang.device_window import DeviceWindow
@@ -224,7 +225,12 @@ def test_tables_of_chunks_have_a_row_for_each_chunk(page_size, chunk, q_lens):
     )
     tokens = sum(case.q_lens)
     window.snapshot(
-        table, indices, lens, q_lens=None if q_lens is None else counts, num_tokens=tokens, max_queries=chunk
+        table,
+        indices,
+        lens,
+        q_lens=None if q_lens is None else counts,
+        num_tokens=tokens,
+        max_queries=max(case.q_lens),
     )
     want = []
     for row, (end, count) in enumerate(zip(case.batch.ends, case.q_lens, strict=True)):
@@ -261,16 +267,85 @@ def test_tables_stay_in_bounds_whatever_sglang_holds():
         window.snapshot(table, torch.zeros(5, dtype=torch.int64), torch.ones(5, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("seed", range(300))
+def test_tables_of_any_step_are_those_wanted(seed):
+    case = random_case(seed)
+    window = case.window()
+    case.snapshot(window)
+    check(case, window)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_ids_outside_of_the_map_are_not_looked_up(dtype):
+    """What lies around the map would be pages of the pool."""
+    slot_map = torch.arange(20, 40, dtype=dtype)[8:12]
+    table = torch.tensor([[-1, 0, 3, 4, -(2**31), 2**31 - 1, -8, 2]], dtype=torch.int32)
+    window = DeviceWindow(1, reach=Reach(7), max_rows=1, max_queries=1, max_tokens=8, num_pages=64, device="cpu")
+    window.snapshot(table, torch.zeros(1, dtype=dtype), torch.full((1,), 8, dtype=dtype), slot_map=slot_map)
+    assert window.layout(1).table.tolist() == [0, 28, 31, 0, 0, 0, 0, 30]
+
+
 def test_captured_steps_read_the_same_memory_after_a_longer_one():
     window = DeviceWindow(1, reach=Reach(3), max_rows=4, max_queries=1, max_tokens=32, num_pages=64, device="cpu")
     table = torch.arange(64, dtype=torch.int32).view(2, 32)
     one = torch.tensor([1])
     window.snapshot(table, one, torch.tensor([20]))
     before = window.layout(1)
-    window.snapshot(table, one, torch.tensor([20]), q_lens=torch.tensor([9]), max_queries=9)
-    assert window.layout(1).table.data_ptr() != before.table.data_ptr()
+    window.snapshot(table, one, torch.tensor([20]), q_lens=torch.tensor([9]), num_tokens=9, max_queries=9)
+    long = window.layout(1).table
+    assert long.data_ptr() != before.table.data_ptr()
     window.snapshot(table, one, torch.tensor([21]))
     after = window.layout(1)
     assert after.table.data_ptr() == before.table.data_ptr()
     assert after.segment_entries.data_ptr() == before.segment_entries.data_ptr()
     assert after.table[:4].tolist() == [49, 50, 51, 52]
+    window.snapshot(table, one, torch.tensor([20]), q_lens=torch.tensor([8]), num_tokens=8, max_queries=8)
+    assert window.layout(1).table.data_ptr() == long.data_ptr()  # nothing is allocated again
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_room_for_a_prefill_does_not_grow_with_the_batch(page_size):
+    def entries(max_extend: int) -> int:
+        window = DeviceWindow(
+            page_size, reach=Reach(255), max_rows=64, max_queries=1, max_tokens=8192, num_pages=99, device="cpu",
+            max_extend=max_extend,
+        )  # fmt: skip
+        lens, q_lens = torch.full((64,), 5000), torch.ones(64, dtype=torch.int64)
+        q_lens[7] = 4096 - 63
+        table, rows = torch.zeros(1, 8192, dtype=torch.int32), torch.zeros(64, dtype=torch.int64)
+        window.snapshot(table, rows, lens, q_lens=q_lens, num_tokens=4096, max_queries=4033)
+        return window.layout(64).table.numel()
+
+    assert entries(4096) == entries(0) == 64 * (1 + -(-255 // page_size) + (page_size > 1)) + 4096 // page_size
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"req_to_token": torch.zeros(2, 8)}, r"req_to_token: want \[pool, max_context\] int32 with stride 1"),
+        ({"seq_lens": torch.ones(3).long()}, "seq_lens: want 2 entries, one per request, got 3"),
+        ({"seq_lens": torch.ones(2)}, r"seq_lens: want contiguous \[B\] int32 or int64"),
+        ({"q_lens": torch.ones(1).long()}, "q_lens: want 2 entries, one per request, got 1"),
+        ({"slot_map": torch.ones(0).long()}, "slot_map: want slots, got none"),
+        ({"slot_map": torch.ones(4)}, r"slot_map: want contiguous \[B\] int32 or int64"),
+    ],
+)
+def test_argument_that_does_not_fit_is_named(change, message):
+    window = DeviceWindow(1, reach=Reach(3), max_rows=4, max_queries=1, max_tokens=8, num_pages=9, device="cpu")
+    two = torch.ones(2, dtype=torch.int64)
+    arguments = {"req_to_token": torch.zeros(2, 8, dtype=torch.int32), "req_pool_indices": two, "seq_lens": two}
+    with pytest.raises(ValueError, match=message):
+        window.snapshot(**(arguments | change))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"page_size": 12}, "page_size: want a power of two up to 1024, got 12"),
+        ({"max_rows": 2000}, r"max_rows: want 1 \.\. 1024, got 2000"),
+    ],
+)
+def test_size_that_is_not_served_is_named(change, message):
+    sizes = {"page_size": 1, "max_rows": 4, "max_queries": 1, "max_tokens": 8, "num_pages": 9} | change
+    with pytest.raises(ValueError, match=message):
+        DeviceWindow(reach=Reach(3), device="cpu", **sizes)

@@ -1,0 +1,33 @@
+// Checks of tensors that both libraries make. Errors: ValueError "<argument>: want <rule>, got <value>".
+#pragma once
+#include <tvm/ffi/container/tensor.h>
+
+#include <string>
+
+#include "common/check.h"
+#include "common/host_device.h"
+
+namespace flashcore {
+
+using tvm::ffi::TensorView;
+
+inline std::string shape_text(const TensorView& t) {
+  std::string s = "[";
+  for (int i = 0; i < t.ndim(); ++i) s += (i ? ", " : "") + std::to_string(t.size(i));
+  return s + "]";
+}
+
+inline IntegerArray integer_array(const char* name, const TensorView& t) {
+  FC_CHECK(t.ndim() == 1 && t.dtype().code == kDLInt && (t.dtype().bits == 32 || t.dtype().bits == 64) &&
+           t.IsContiguous())
+      << name << ": want contiguous [B] int32 or int64, got " << shape_text(t) << " of "
+      << static_cast<int>(t.dtype().bits) << " bits";
+  return {t.data_ptr(), t.dtype().bits == 64};
+}
+
+inline void check_int32_matrix(const char* name, const TensorView& t, const char* rule, bool unit_stride) {
+  FC_CHECK(t.ndim() == 2 && t.dtype().code == kDLInt && t.dtype().bits == 32 && (!unit_stride || t.stride(1) == 1))
+      << name << ": want " << rule << ", got " << shape_text(t);
+}
+
+}  // namespace flashcore

@@ -1,0 +1,122 @@
+// The export that both libraries have for windows: sizes once, then the tensors of every step, all checked here.
+#pragma once
+#include <tvm/ffi/container/map.h>
+#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/function.h>
+#include <tvm/ffi/optional.h>
+
+#include "common/argument.h"
+#include "pager/window.h"
+
+namespace flashcore {
+
+using WindowOptions = tvm::ffi::Map<tvm::ffi::String, int64_t>;
+
+inline int checked_size(const char* name, int64_t value, int64_t least, int64_t most) {
+  FC_CHECK(value >= least && value <= most) << name << ": want " << least << " .. " << most << ", got " << value;
+  return static_cast<int>(value);
+}
+
+inline WindowParams window_params(const WindowOptions& options) {
+  const auto get = [&](const char* name, int64_t least, int64_t most) {
+    return checked_size(name, options[name], least, most);
+  };
+  constexpr int64_t kLimit = 1 << 30;
+  WindowParams p{};
+  p.max_rows = get("max_rows", 1, kWindowRows);
+  const int page_size = get("page_size", 1, 1024);
+  FC_CHECK((page_size & (page_size - 1)) == 0) << "page_size: want a power of two up to 1024, got " << page_size;
+  while (1 << p.page_shift < page_size) ++p.page_shift;
+  p.num_pages = get("num_pages", 1, 0x7FFFFFFF);
+  p.left = get("left", -1, kLimit);
+  p.chunk = get("chunk", 0, kLimit);
+  FC_CHECK(p.chunk > 0 ? p.chunk % page_size == 0 : p.left >= 0)
+      << "reach: want a window, or chunks of whole pages of " << page_size << " tokens, got " << p.left << " and "
+      << p.chunk;
+  p.max_tokens = get("max_tokens", 1, kLimit);
+  p.stride = get("stride", 1, kLimit / p.max_rows);
+  return p;
+}
+
+// Arguments of a step; their device is `table`'s.
+struct WindowTensors {
+  TensorView fields, table, req_to_token, req_pool_indices, seq_lens;
+  tvm::ffi::Optional<TensorView> q_lens, slot_map;
+
+  void check_device(const char* name, const TensorView& t) const {
+    const DLDevice want = table.device(), got = t.device();
+    FC_CHECK(got.device_type == want.device_type && got.device_id == want.device_id)
+        << name << ": want the table's device " << static_cast<int>(want.device_type) << ":" << want.device_id
+        << ", got " << static_cast<int>(got.device_type) << ":" << got.device_id;
+  }
+
+  IntegerArray vector(const char* name, const TensorView& t, int64_t requests) const {
+    check_device(name, t);
+    const IntegerArray values = integer_array(name, t);
+    FC_CHECK(t.size(0) == requests) << name << ": want " << requests << " entries, one per request, got " << t.size(0);
+    return values;
+  }
+
+  // All but the sizes.
+  WindowInput input(const WindowParams& p) const {
+    WindowInput in{};
+    check_device("req_to_token", req_to_token);
+    check_int32_matrix("req_to_token", req_to_token, "[pool, max_context] int32 with stride 1", true);
+    FC_CHECK(req_to_token.size(0) >= 1) << "req_to_token: want rows, got " << shape_text(req_to_token);
+    in.ids = static_cast<const int*>(req_to_token.data_ptr());
+    in.row_stride = req_to_token.stride(0), in.num_table_rows = req_to_token.size(0);
+    in.num_positions = static_cast<int>(clamp(req_to_token.size(1), 0, p.max_tokens));
+    in.requests = checked_size("req_pool_indices", req_pool_indices.numel(), 1, kWindowRows);
+    in.table_rows = vector("req_pool_indices", req_pool_indices, in.requests);
+    in.ends = vector("seq_lens", seq_lens, in.requests);
+    if (q_lens.has_value()) in.q_lens = vector("q_lens", q_lens.value(), in.requests);
+    if (slot_map.has_value()) {
+      in.slots = slot_map.value().numel();
+      FC_CHECK(in.slots >= 1) << "slot_map: want slots, got none";
+      const IntegerArray values = vector("slot_map", slot_map.value(), in.slots);
+      in.slot_map = static_cast<const int*>(values.data), in.slot_shift = values.are_64bit;
+    }
+    return in;
+  }
+
+  WindowFields output(const WindowParams& p) const {
+    check_device("fields", fields);
+    check_int32_matrix("fields", fields, "[8, columns] int32", true);
+    FC_CHECK(fields.size(0) == WindowFields::kCount && fields.size(1) > p.max_rows && fields.size(1) >= 8 &&
+             fields.IsContiguous())
+        << "fields: want contiguous [" << WindowFields::kCount << ", more than " << p.max_rows << "], got "
+        << shape_text(fields);
+    FC_CHECK(table.ndim() == 1 && table.dtype().code == kDLInt && table.dtype().bits == 32 && table.IsContiguous())
+        << "table: want contiguous [entries] int32, got " << shape_text(table);
+    return {static_cast<int*>(fields.data_ptr()), fields.size(1), static_cast<int*>(table.data_ptr()), table.size(0)};
+  }
+};
+
+// snapshot(fields, table, req_to_token, req_pool_indices, seq_lens, q_lens, slot_map, rows, num_tokens, max_queries,
+// width), as WindowFields and WindowInput have them. `run(params, input, output, table)` does it.
+template <class Run>
+tvm::ffi::Function make_window_function(const WindowOptions& options, Run run) {
+  using tvm::ffi::Optional;
+  const WindowParams p = window_params(options);
+  return tvm::ffi::Function::FromTyped([=](TensorView fields, TensorView table, TensorView req_to_token,
+                                           TensorView req_pool_indices, TensorView seq_lens,
+                                           Optional<TensorView> q_lens, Optional<TensorView> slot_map, int64_t rows,
+                                           int64_t num_tokens, int64_t max_queries, int64_t width) {
+    const WindowTensors tensors{fields, table, req_to_token, req_pool_indices, seq_lens, q_lens, slot_map};
+    constexpr int64_t kMaxTokens = 1 << 20;
+    WindowInput in = tensors.input(p);
+    in.rows = checked_size("rows", rows, 1, p.max_rows);
+    FC_CHECK(!in.one_row_each(p) || in.rows == in.requests)
+        << "rows: want " << in.requests << ", one per request, got " << rows;
+    in.num_tokens = checked_size("num_tokens", num_tokens, 0, kMaxTokens);
+    in.max_queries = checked_size("max_queries", max_queries, 1, kMaxTokens);
+    in.width = checked_size("width", width, 1, p.max_tokens);
+    const WindowFields out = tensors.output(p);
+    const int64_t entries = int64_t{in.rows} * p.stride + (in.spread(p) ? in.num_tokens >> p.page_shift : 0);
+    FC_CHECK(out.table_entries >= entries) << "table: want " << entries << " entries for " << rows << " rows and "
+                                           << num_tokens << " tokens, got " << out.table_entries;
+    run(p, in, out, table);
+  });
+}
+
+}  // namespace flashcore
