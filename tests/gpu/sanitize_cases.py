@@ -1,7 +1,7 @@
 """Small cases of every GPU path, for compute-sanitizer (scripts/sanitize.sh). Results are only looked at for NaN: the
 tests compare them.
 
-    python tests/gpu/sanitize_cases.py [pager] [decode] [extend]
+    python tests/gpu/sanitize_cases.py [pager] [window] [decode] [extend]
 
 Inputs are made on the CPU and copied, so that the tools see every byte that is initialised and few kernels but ours.
 The workspaces are not initialised: nothing may be read that was not written.
@@ -21,11 +21,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from gpu.decode_cases import Level, forest
 from gpu.extend_cases import Extend, batch, tree_mask
+from unit.window_cases import check, random_case
 
 from flashcore_sglang.config import SHARE_ALWAYS, GatherModel
 from flashcore_sglang.device_pager import DevicePager
+from flashcore_sglang.device_window import DeviceWindow
 from flashcore_sglang.gpu_decode import GpuDecode
-from flashcore_sglang.gpu_extend import Visible
+from flashcore_sglang.gpu_extend import GpuExtend, Visible
+from flashcore_sglang.reach import Reach
 
 WIDE: tuple[Level, ...] = ((1, 320), (18, 40))  # 72 q_rows share
 NARROW: tuple[Level, ...] = ((3, 200),)
@@ -183,12 +186,53 @@ def run_pager(page_size: int) -> None:
     assert not staged.is_complete and staged.status[0] == 0
 
 
+def run_window(page_size: int, reach: Reach) -> None:
+    """Decode, then an extend whose rows begin anywhere in the table or are chunks."""
+    heads, kv_heads, head_dim = 8, 2, 128
+    b = batch([(0, [(500, 1), (130, 90), (0, 7), (64, 0), (0, 200)])], page_size, "interleaved")
+    sizes = {"max_rows": 16, "max_tokens": b.table.shape[1], "num_pages": b.num_pages}
+    window = DeviceWindow(page_size, reach=reach, max_queries=1, max_extend=b.num_tokens, device="cuda", **sizes)
+    shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+    decode = GpuDecode(page_size=page_size, pager=window, **sizes, **shape)
+    extend = GpuExtend(window, max_tokens=b.num_tokens, **shape)
+    k, v = (torch.randn(b.num_slots, kv_heads, head_dim).bfloat16().cuda() for _ in range(2))
+    q = torch.randn(b.num_tokens, heads, head_dim).bfloat16().cuda()
+    tables = b.table.cuda(), b.indices.cuda(), b.seq_lens.cuda()
+    slot_map = torch.arange(b.num_slots).cuda()
+
+    window.snapshot(*tables, slot_map=slot_map)
+    decode.use(b.rows)
+    decode.plan()
+    outs = [decode.attend(q[: b.rows].contiguous(), k, v, torch.zeros_like(q[: b.rows]), scale=0.1)]
+
+    longest = int(b.q_lens.max())
+    window.snapshot(*tables, q_lens=b.q_lens.cuda(), num_tokens=b.num_tokens, max_queries=longest, slot_map=slot_map)
+    extend.use(window.num_rows)
+    extend.plan(window.lens, window.q_lens, b.num_tokens, window_left=reach.left)
+    outs.append(extend.attend(q, k, v, torch.zeros_like(q), scale=0.1))
+    assert all(out.cpu().isfinite().all() for out in outs), f"window {reach}: not finite"
+
+
+def run_window_tables(seed: int) -> None:
+    """A step of any kind, with ids and lengths that are wrong."""
+    case = random_case(seed)
+    window = case.window("cuda")
+    case.snapshot(window, "cuda")
+    check(case, window)
+
+
 def main() -> None:
     torch.manual_seed(0)
-    wanted = sys.argv[1:] or ["pager", "decode", "extend"]
+    wanted = sys.argv[1:] or ["pager", "window", "decode", "extend"]
     if "pager" in wanted:
         for page_size in (1, 16):
             run_pager(page_size)
+    if "window" in wanted:
+        for page_size, reach in ((1, Reach(100)), (16, Reach(100)), (16, Reach(chunk=64))):
+            run_window(page_size, reach)
+        for seed in range(12):
+            run_window_tables(seed)
+        print("window", flush=True)
     if "decode" in wanted:
         for case in DECODE:
             run_decode(case)

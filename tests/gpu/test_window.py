@@ -8,6 +8,8 @@ import torch
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("no Hopper GPU", allow_module_level=True)
 
+from unit.window_cases import check, random_case
+
 from flashcore_sglang import reference
 from flashcore_sglang.device_pager import DevicePager
 from flashcore_sglang.device_window import DeviceWindow
@@ -70,6 +72,50 @@ def captured(steps) -> torch.cuda.CUDAGraph:
     return graph
 
 
+@pytest.mark.parametrize("seed", range(200))
+def test_tables_of_any_step_are_those_wanted(seed):
+    case = random_case(seed, max_requests=200 if seed % 8 == 0 else 24, max_tokens=4000 if seed % 5 == 0 else 400)
+    window = case.window("cuda")
+    case.snapshot(window, "cuda")
+    check(case, window)
+
+
+def test_tables_of_the_largest_batch_are_those_of_the_cpu():
+    requests, tokens, left = 1024, 5000, 4096
+    g = torch.Generator().manual_seed(0)
+    table = torch.randint(0, 2**20, (requests + 1, tokens), generator=g, dtype=torch.int32)
+    lens, rows = torch.randint(0, tokens + 1, (requests,), generator=g), torch.arange(1, requests + 1)
+    slot_map = torch.randint(-1, 2**19, (2**20,), generator=g)
+    got, want = (
+        DeviceWindow(
+            1, reach=Reach(left), max_rows=requests, max_queries=1, max_tokens=tokens, num_pages=2**19, device=device
+        )
+        for device in ("cuda", "cpu")
+    )
+    got.snapshot(table.cuda(), rows.cuda(), lens.cuda(), slot_map=slot_map.cuda())
+    want.snapshot(table, rows, lens, slot_map=slot_map)
+    assert torch.equal(got._fields.cpu(), want._fields)
+    assert torch.equal(got.layout(requests).table.cpu(), want.layout(requests).table)
+
+
+@pytest.mark.parametrize("reach", [Reach(63), Reach(chunk=64)], ids=str)
+def test_steps_after_the_first_allocate_nothing(reach):
+    window = DeviceWindow(
+        16, reach=reach, max_rows=32, max_queries=1, max_tokens=CONTEXT, num_pages=99, max_extend=256, device="cuda"
+    )
+    table, four = torch.zeros(5, CONTEXT, dtype=torch.int32, device="cuda"), torch.arange(4, device="cuda")
+    lens, q_lens = four + 500, torch.tensor([1, 400, 3, 1], device="cuda")
+
+    def steps() -> None:
+        window.snapshot(table, four, lens)
+        window.snapshot(table, four, lens, q_lens=q_lens, num_tokens=405, max_queries=400, slot_map=four)
+
+    steps()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    steps()
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
 @pytest.mark.parametrize(("head_dim", "translated"), [(64, True), (128, False), (128, True), (256, True)])
 @pytest.mark.parametrize("window_left", [0, 127, 128, 400])
 @pytest.mark.parametrize("page_size", [1, 64])
@@ -103,7 +149,10 @@ def test_extend_with_a_window(page_size, window_left, head_dim, translated):
     q_lens = [3, 200, 1, 300, 0, 129, 128, 2]
     case = Case(page_size, window_left, head_dim, q_lens, translated)
     sizes = {"max_rows": 16, "max_tokens": CONTEXT, "num_pages": case.pages}
-    window = DeviceWindow(page_size, reach=Reach(window_left), max_queries=1, device="cuda", **sizes)
+    room = sum(q_lens) if translated else 0  # else it is made for the step
+    window = DeviceWindow(
+        page_size, reach=Reach(window_left), max_queries=1, max_extend=room, device="cuda", **sizes
+    )  # fmt: skip
     extend = GpuExtend(window, head_dim=head_dim, max_tokens=1024, **SHAPE)
     window.snapshot(
         case.table.cuda(),

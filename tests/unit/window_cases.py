@@ -68,14 +68,16 @@ class WindowCase:
             slot_map=slot_map,
         )
 
-    def page(self, request: int, position: int) -> int:
-        """The page that holds a position; 0 where some id is out of its pool."""
+    def pages(self, request: int, positions: list[int]) -> list[int]:
+        """The pages that hold them; 0 where some id is out of its pool."""
         row = max(0, min(int(self.rows[request]), self.table.shape[0] - 1))
-        slot = int(self.table[row, position])
+        slots = self.table[row, positions].tolist()
         if self.slot_map is not None:
-            slot = int(self.slot_map[slot]) if 0 <= slot < self.slot_map.numel() else -1
-        page = slot // self.page_size
-        return page if 0 <= page < self.num_pages else 0
+            inside = [0 <= slot < self.slot_map.numel() for slot in slots]
+            own = self.slot_map[[slot if x else 0 for slot, x in zip(slots, inside, strict=True)]].tolist()
+            slots = [slot if x else -1 for slot, x in zip(own, inside, strict=True)]
+        pages = [slot // self.page_size for slot in slots]
+        return [page if 0 <= page < self.num_pages else 0 for page in pages]
 
     def wanted(self) -> list[Row]:
         """Its rows, with the ids of their pages."""
@@ -111,7 +113,7 @@ class WindowCase:
     def _row(self, request: int, begin: int, end: int, queries: int) -> Row:
         base = begin // self.page_size * self.page_size
         firsts = [max(begin, p) for p in range(base, end, self.page_size)] if begin < end else []
-        return Row(request, begin, base, end, queries, [self.page(request, p) for p in firsts])
+        return Row(request, begin, base, end, queries, self.pages(request, firsts) if firsts else [])
 
 
 def check(case: WindowCase, window: DeviceWindow) -> None:
