@@ -112,12 +112,18 @@ Function make_pager(int64_t page_tokens, int64_t num_pages, int64_t token_cost, 
   });
 }
 
-Function make_window(WindowOptions options) {
-  return make_window_function(
-      options, [](const WindowParams& p, const WindowInput& in, const WindowFields& out, const TensorView& table) {
-        FC_CHECK(table.device().device_type == kDLCPU) << "table: want a CPU tensor";
-        snapshot_window(p, in, out);
-      });
+void check_cpu(const TensorView& t) { FC_CHECK(t.device().device_type == kDLCPU) << "fields: want a CPU tensor"; }
+
+Array<Function> make_window(WindowOptions options) {
+  return make_window_functions(
+      options, {[](const WindowParams& p, const WindowInput& in, const WindowFields& out, const TensorView& like) {
+                  check_cpu(like);
+                  snapshot_window(p, in, out);
+                },
+                [](const WindowFields& fields, const WindowMask& mask, const TensorView& like) {
+                  check_cpu(like);
+                  cut_mask(fields, mask);
+                }});
 }
 
 }  // namespace

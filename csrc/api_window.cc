@@ -7,12 +7,16 @@
 namespace flashcore {
 namespace {
 
-tvm::ffi::Function make_window(WindowOptions options) {
-  return make_window_function(
-      options, [](const WindowParams& p, const WindowInput& in, const WindowFields& out, const TensorView& table) {
-        check_device("table", table, table);
-        launch_window(p, in, out, multiprocessors(table), current_stream(table));
-      });
+tvm::ffi::Array<tvm::ffi::Function> make_window(WindowOptions options) {
+  return make_window_functions(
+      options, {[](const WindowParams& p, const WindowInput& in, const WindowFields& out, const TensorView& like) {
+                  check_device("fields", like, like);
+                  launch_window(p, in, out, multiprocessors(like), current_stream(like));
+                },
+                [](const WindowFields& fields, const WindowMask& mask, const TensorView& like) {
+                  check_device("fields", like, like);
+                  launch_cut_mask(fields, mask, multiprocessors(like), current_stream(like));
+                }});
 }
 
 }  // namespace

@@ -12,23 +12,11 @@ It has the methods of ``DevicePager`` that ``GpuDecode`` and ``GpuExtend`` use, 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from flashcore_sglang import build
 from flashcore_sglang.device_pager import DeviceLayout
 from flashcore_sglang.reach import Reach
-
-
-class _Step(NamedTuple):
-    """Of the last snapshot: ends and queries of its requests, as they were given; the longest that a request may be,
-    and the most queries of one."""
-
-    seq_lens: torch.Tensor
-    q_lens: torch.Tensor | None
-    max_tokens: int
-    max_queries: int
 
 
 class DeviceWindow:
@@ -76,20 +64,20 @@ class DeviceWindow:
             "max_tokens": max_tokens,
             "stride": self._stride,
         }
-        self._snapshot = build.library(torch.device(device).type).make_window(options)
+        self._snapshot, self._cut_mask = build.library(torch.device(device).type).make_window(options)
         ints = {"dtype": torch.int32, "device": device}
         # One after the other as WindowFields has them, 256 bytes apart or a multiple.
-        self._fields = torch.zeros(8, -(-(max_rows + 1) // 64) * 64, **ints)
+        self._fields = torch.zeros(10, -(-(max_rows + 1) // 64) * 64, **ints)
         self._sizes, self._status = self._fields[0, :8], torch.zeros(4, **ints)
         self._segment_positions = self._fields[1:3].view(-1)[: 2 * max_rows].view(-1, 2)
         self._entries = self._fields[3, : max_rows + 1]
-        self._lens, self._q_lens, self._bases, self._requests = self._fields[4:, :max_rows].unbind()
+        self._lens, self._q_lens = self._fields[4:6, :max_rows].unbind()
         self._rows = torch.arange(max_rows + 1, **ints)
         self._segment_rows = torch.stack([self._rows[:-1], self._rows[1:]], dim=1).contiguous()
         self._table = self._step_table = self._make_table(max_extend)
         self._long_table, self._long_extend = self._table, max_extend
         self._mask = self._step_mask = torch.ones(0, dtype=torch.bool, device=device)
-        self._step: _Step | None = None
+        self._step_queries = 1
 
     def _make_table(self, max_extend: int) -> torch.Tensor:
         entries = self.max_rows * self._stride + (0 if self.reach.chunk else max_extend // self.page_size)
@@ -164,7 +152,7 @@ class DeviceWindow:
         self.num_rows = requests if q_lens is None else self.rows_of(requests, num_tokens)
         if not 1 <= self.num_rows <= self.max_rows:
             raise ValueError(f"req_pool_indices: want 1 .. {self.max_rows} rows, got {self.num_rows}")
-        max_queries = max(1, max_queries)
+        max_queries = self._step_queries = max(1, max_queries)
         width = self._width(max_queries)
         self._step_table = self._table if width <= self._stride else self._table_for(num_tokens)
         self._step_stride = max(width, self._stride)
@@ -172,7 +160,6 @@ class DeviceWindow:
             self._fields, self._step_table, req_to_token, req_pool_indices, seq_lens, q_lens, slot_map, self.num_rows,
             num_tokens, max_queries, width,
         )  # fmt: skip
-        self._step = _Step(seq_lens, q_lens, min(self._max_tokens, req_to_token.shape[1]), max_queries)
 
     def _table_for(self, num_tokens: int) -> torch.Tensor:
         """One with room for so many new tokens. What is captured reads the first, which does not move."""
@@ -188,28 +175,12 @@ class DeviceWindow:
     def take_mask(self, mask: torch.Tensor) -> None:
         """Cuts a custom mask to what the last snapshot's rows read: their queries by the positions from their base on.
 
-        ``mask``: [sum of q_lens * seq_lens] bool, of the requests of the snapshot.
+        ``mask``: [sum of q_lens * seq_lens] bool or uint8, of the requests of the snapshot. One launch; allocates where
+        ``make_mask`` has not.
         """
-        assert self._step is not None, "take_mask before snapshot"
-        seq_lens, q_lens, max_tokens, max_queries = self._step
-        lens = seq_lens.long().clamp(0, max_tokens)
-        first = lens - (lens.clamp(max=1) if q_lens is None else torch.minimum(q_lens, lens))
-        sizes = (lens - first) * lens
-        begins = sizes.cumsum(0) - sizes  # of each request in `mask`
-        of = self._requests[: self.num_rows].long()
-        begins, lens, first = begins[of], lens[of], first[of]
-        bases, queries, held = self._bases[: self.num_rows], self.q_lens.long(), self.lens.long().clamp(min=1)
-        skipped = bases + self.lens - queries - first  # queries of the request before the row's
-        cells = queries * held
-        before = cells.cumsum(0)
-        size = self.num_rows * max_queries * self._width(max_queries) * self.page_size
+        size = self.num_rows * self._step_queries * self._width(self._step_queries) * self.page_size
         self._step_mask = self._mask if size <= self._mask.numel() else self._mask.new_ones(size)
-        cell = torch.arange(size, device=mask.device)
-        row = torch.searchsorted(before, cell, right=True).clamp_(max=self.num_rows - 1)
-        cell -= (before - cells)[row]
-        query, position = cell // held[row], cell % held[row]
-        source = begins[row] + (skipped[row] + query) * lens[row] + bases[row] + position
-        self._step_mask[:size] = mask[source.clamp_(0, mask.numel() - 1)]
+        self._cut_mask(self._fields, mask, self._step_mask, self.num_rows)
 
     def build(self) -> None:
         """Nothing: ``snapshot`` has written all. Here because ``DevicePager`` has it."""

@@ -53,7 +53,7 @@ struct WindowInput {
 
 // What is written, by row. Not owned.
 struct WindowFields {
-  static constexpr int kCount = 8;  // arrays of field_stride ints each; positions are two
+  static constexpr int kCount = 10;  // arrays of `stride` ints each; positions are two
 
   int* base;
   int64_t stride;
@@ -67,6 +67,17 @@ struct WindowFields {
   FC_HOST_DEVICE int* q_lens() const { return base + 5 * stride; }    // [max_rows]
   FC_HOST_DEVICE int* bases() const { return base + 6 * stride; }     // [max_rows] positions
   FC_HOST_DEVICE int* requests() const { return base + 7 * stride; }  // [max_rows]
+  FC_HOST_DEVICE int* request_ends() const { return base + 8 * stride; }     // [requests]
+  FC_HOST_DEVICE int* request_queries() const { return base + 9 * stride; }  // [requests]
+};
+
+// The custom mask of a step, of requests' queries by their positions, to be cut to what rows read of it. Not owned.
+struct WindowMask {
+  const unsigned char* mask;  // [size] request after request: [queries, end]
+  int64_t size;
+  unsigned char* cut;  // [cut_size] row after row: [q_len, len], positions from the row's base on
+  int64_t cut_size;
+  int rows;
 };
 
 struct WindowRequest {
@@ -121,7 +132,14 @@ FC_HOST_DEVICE WindowRow empty_row(const WindowParams& p, int row) {
   return {0, 0, 0, 0, 0, 0, 0, int64_t{row} * p.stride};
 }
 
-FC_HOST_DEVICE void store_row(const WindowFields& out, int row, const WindowRow& x) {
+FC_HOST_DEVICE void store_request(const WindowFields& out, int request, int end, int queries) {
+  out.request_ends()[request] = end;
+  out.request_queries()[request] = queries;
+}
+
+FC_HOST_DEVICE void store_row(const WindowParams& p, const WindowInput& in, const WindowFields& out, int row,
+                              const WindowRow& x) {
+  if (in.one_row_each(p)) store_request(out, row, x.end, x.queries);
   out.positions()[2 * row] = x.begin - x.base;
   out.positions()[2 * row + 1] = x.end - x.base;
   out.entries()[row] = static_cast<int>(x.entry);
@@ -153,7 +171,35 @@ FC_HOST_DEVICE int page_of(const WindowParams& p, int slot) {
   return page >= 0 && page < p.num_pages ? page : 0;
 }
 
+FC_HOST_DEVICE int64_t mask_cells_of_request(const WindowFields& fields, int request) {
+  return int64_t{fields.request_queries()[request]} * fields.request_ends()[request];
+}
+
+FC_HOST_DEVICE int64_t mask_cells_of_row(const WindowFields& fields, int row) {
+  return int64_t{fields.q_lens()[row]} * fields.lens()[row];
+}
+
+// A row's cells: `length` from `from` on, `queries` times, each `stride` further on.
+struct MaskRow {
+  int queries, length, stride;
+  int64_t from;
+};
+
+// `before`: cells of the requests before the row's.
+FC_HOST_DEVICE MaskRow mask_row(const WindowFields& fields, int row, int64_t before) {
+  const int request = fields.requests()[row], end = fields.request_ends()[request];
+  const int base = fields.bases()[row], length = fields.lens()[row], queries = fields.q_lens()[row];
+  const int skipped =
+      (base + length - queries) - (end - fields.request_queries()[request]);  // of the request's queries
+  return {queries, length, end, before + int64_t{skipped} * end + base};
+}
+
+FC_HOST_DEVICE void copy_cell(const WindowMask& m, int64_t from, int64_t to) {
+  if (to < m.cut_size) m.cut[to] = from >= 0 && from < m.size ? m.mask[from] : 0;
+}
+
 // The same for all rows, on the CPU.
+void cut_mask(const WindowFields& fields, const WindowMask& mask);
 void snapshot_window(const WindowParams& params, const WindowInput& input, const WindowFields& out);
 
 }  // namespace flashcore

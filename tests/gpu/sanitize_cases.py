@@ -219,6 +219,7 @@ def run_window_tables(seed: int) -> None:
     window = case.window("cuda")
     case.snapshot(window, "cuda")
     check(case, window)
+    window.take_mask(case.mask().cuda())
 
 
 def main() -> None:

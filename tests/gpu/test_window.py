@@ -8,7 +8,7 @@ import torch
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("no Hopper GPU", allow_module_level=True)
 
-from unit.window_cases import check, random_case
+from unit.window_cases import check, check_mask, random_case
 
 from flashcore_sglang import reference
 from flashcore_sglang.device_pager import DevicePager
@@ -78,6 +78,8 @@ def test_tables_of_any_step_are_those_wanted(seed):
     window = case.window("cuda")
     case.snapshot(window, "cuda")
     check(case, window)
+    if len(case.wanted()) <= window.num_rows:
+        check_mask(case, window, "cuda")
 
 
 def test_tables_of_the_largest_batch_are_those_of_the_cpu():

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from unit.strategies import Batch, forests
 from unit.test_attention import MIXED, TINY, Case, forest, make
-from unit.window_cases import check, random_case
+from unit.window_cases import check, check_mask, random_case
 
 from flashcore_sglang import ops, reference
 from flashcore_sglang.device_window import DeviceWindow
@@ -273,6 +273,8 @@ def test_tables_of_any_step_are_those_wanted(seed):
     window = case.window()
     case.snapshot(window)
     check(case, window)
+    if len(case.wanted()) <= window.num_rows:
+        check_mask(case, window)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])

@@ -79,17 +79,23 @@ class WindowCase:
         pages = [slot // self.page_size for slot in slots]
         return [page if 0 <= page < self.num_pages else 0 for page in pages]
 
-    def wanted(self) -> list[Row]:
-        """Its rows, with the ids of their pages."""
-        rows, left = [], self.num_tokens
-        for request in range(self.rows.numel()):
-            end = max(0, min(int(self.lens[request]), self.max_tokens, self.table.shape[1]))
+    def requests(self) -> list[tuple[int, int]]:
+        """End and queries of each, as they are cut."""
+        result, left = [], self.num_tokens
+        for request, length in enumerate(self.lens.tolist()):
+            end = max(0, min(length, self.max_tokens, self.table.shape[1]))
             queries = 1 if self.q_lens is None else int(self.q_lens[request])
             queries = max(0, min(queries, end, self.max_queries))
-            chunk = self.reach.chunk
-            if self.q_lens is not None and not chunk and self._is_long:
+            if self._is_long:
                 queries = min(queries, left)
                 left -= queries
+            result.append((end, queries))
+        return result
+
+    def wanted(self) -> list[Row]:
+        """Its rows, with the ids of their pages."""
+        rows, chunk = [], self.reach.chunk
+        for request, (end, queries) in enumerate(self.requests()):
             if not chunk:
                 rows.append(self._row(request, max(0, end - queries - self.reach.left), end, queries))
             elif self.q_lens is None:
@@ -100,6 +106,24 @@ class WindowCase:
                     rows.append(self._row(request, begin, stop, stop - max(begin, end - queries)))
         return rows
 
+    def mask(self) -> torch.Tensor:
+        """A random custom mask."""
+        size = sum(end * queries for end, queries in self.requests())
+        return torch.rand(size + 1, generator=torch.Generator().manual_seed(size)) < 0.5
+
+    def wanted_mask(self) -> torch.Tensor:
+        """What the rows read of it."""
+        mask, at, of_requests = self.mask(), 0, []
+        for end, queries in self.requests():
+            of_requests.append(mask[at : at + queries * end].view(queries, end))
+            at += queries * end
+        parts = [torch.zeros(0, dtype=torch.bool)]
+        for x in self.wanted():
+            end, queries = self.requests()[x.request]
+            first = x.end - x.queries - (end - queries)
+            parts.append(of_requests[x.request][first : first + x.queries, x.base : x.end].flatten())
+        return torch.cat(parts)
+
     @property
     def _is_long(self) -> bool:
         """Whether there is no room for so many queries in every row: those of all are then cut to ``num_tokens``."""
@@ -108,7 +132,7 @@ class WindowCase:
             pages = -(-(self.reach.most(queries) + self.page_size - 1) // self.page_size)
             return min(pages, -(-self.max_tokens // self.page_size))
 
-        return width(max(1, self.max_queries)) > max(width(self.captured), width(self.page_size))
+        return not self.reach.chunk and width(self.max_queries) > max(width(self.captured), width(self.page_size))
 
     def _row(self, request: int, begin: int, end: int, queries: int) -> Row:
         base = begin // self.page_size * self.page_size
@@ -125,14 +149,20 @@ def check(case: WindowCase, window: DeviceWindow) -> None:
     assert layout.segment_positions[:num_rows].tolist() == [[x.begin - x.base, x.end - x.base] for x in want]
     assert window.lens.tolist() == [x.end - x.base for x in want]
     assert window.q_lens.tolist() == [x.queries for x in want]
-    assert window._bases[:num_rows].tolist() == [x.base for x in want]
-    assert window._requests[:num_rows].tolist() == [x.request for x in want]
+    assert window._fields[6:8, :num_rows].tolist() == [[x.base for x in want], [x.request for x in want]]
     entries, table = layout.segment_entries[:num_rows].tolist(), layout.table.tolist()
     assert [table[at : at + len(x.pages)] for at, x in zip(entries, want, strict=True)] == [x.pages for x in want]
     used = sorted((at, at + len(x.pages)) for at, x in zip(entries, want, strict=True) if x.pages)
     assert all(a[1] <= b[0] for a, b in itertools.pairwise(used))
     assert all(len(x.pages) <= window.table_stride for x in want)
     assert min(table) >= 0 and max(table) < case.num_pages
+
+
+def check_mask(case: WindowCase, window: DeviceWindow, device: str = "cpu") -> None:
+    """The custom mask, cut to the last snapshot; not for steps of which rows are cut off."""
+    want = case.wanted_mask()
+    window.take_mask(case.mask().to(device))
+    assert torch.equal(window.mask[: want.numel()].cpu(), want)
 
 
 def random_case(seed: int, *, max_requests: int = 24, max_tokens: int = 400) -> WindowCase:
