@@ -58,11 +58,9 @@ __device__ __forceinline__ const Token* token_of(const Params& p, const Item& it
 struct Rows {
   int ends[2];     // the first position that it does not see
   int indices[2];  // in out; -1: there is no such row
-  int begins[2];   // the first position that it sees; of the general kernel, like
-  int masks[2];    // the element of the custom mask that stands for position 0; -1: none
 };
 
-// What lies before a sliding window.
+// What lies before a sliding window. `begins`: the first positions that the two rows see.
 template <class C>
 __device__ __forceinline__ void hide_before(const Tile& tile, float (&scores)[C::kTile / 2], const int (&begins)[2]) {
   const int column = (ptx::thread_id() & 3) * 2;
@@ -79,8 +77,9 @@ __device__ __forceinline__ void hide_before(const Tile& tile, float (&scores)[C:
   }
 }
 
-// What a custom mask hides; `limits`: tokens that are seen else, from the thread's first column on. Drafts are few, so
-// most columns of a tile are left out; what is read comes from memory, for both rows at a time.
+// What a custom mask hides; `limits`: tokens that are seen else, from the thread's first column on; `masks`: the
+// elements of the mask that stand for position 0 of the two rows, -1: none. Drafts are few, so most columns of a tile
+// are left out; what is read comes from memory, for both rows at a time.
 template <class C>
 __device__ __forceinline__ void hide_by_mask(const Params& p, const Tile& tile, float (&scores)[C::kTile / 2],
                                              const int (&limits)[2], const int (&masks)[2]) {
@@ -104,7 +103,7 @@ __device__ __forceinline__ void hide_by_mask(const Params& p, const Tile& tile, 
 
 // Hides what the thread's rows do not see.
 template <class C>
-__device__ __forceinline__ void hide(const Params& p, const Tile& tile, float (&scores)[C::kTile / 2],
+__device__ __forceinline__ void hide(const Params& p, const Item& item, const Tile& tile, float (&scores)[C::kTile / 2],
                                      const Rows& rows) {
   const int valid = tile.bits & 0xFF, first = (tile.bits >> 8) & 0xFF, end = (tile.bits >> 16) & 0xFF;
   const int column = (ptx::thread_id() & 3) * 2;
@@ -122,8 +121,16 @@ __device__ __forceinline__ void hide(const Params& p, const Tile& tile, float (&
     }
   }
   if constexpr (C::kGeneral) {
-    if (p.windowed) hide_before<C>(tile, scores, rows.begins);
-    if (p.custom_mask != nullptr) hide_by_mask<C>(p, tile, scores, limits, rows.masks);
+    if (!p.windowed && p.custom_mask == nullptr) return;
+    int begins[2], masks[2];  // asked for here, as registers are short
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const Token* token = token_of(p, item, first_row() + 8 * r);
+      begins[r] = token != nullptr ? __ldg(&token->begin) : 0;
+      masks[r] = token != nullptr ? __ldg(&token->mask) : -1;
+    }
+    if (p.windowed) hide_before<C>(tile, scores, begins);
+    if (p.custom_mask != nullptr) hide_by_mask<C>(p, tile, scores, limits, masks);
   }
 }
 
@@ -254,10 +261,6 @@ __device__ __forceinline__ Rows load_rows(const Params& p, const Item& item) {
   for (int r = 0; r < 2; ++r) {
     const Token* token = token_of(p, item, first_row() + 8 * r);
     rows.ends[r] = token != nullptr ? __ldg(&token->end) : 0;
-    if constexpr (C::kGeneral) {
-      rows.begins[r] = token != nullptr ? __ldg(&token->begin) : 0;
-      rows.masks[r] = token != nullptr && p.custom_mask != nullptr ? __ldg(&token->mask) : -1;
-    }
     // d 256 has no registers left for it, and asks again at the end.
     if constexpr (C::kQInRegisters) rows.indices[r] = token != nullptr ? __ldg(&token->index) : -1;
   }
@@ -318,11 +321,11 @@ __device__ __forceinline__ void leave_q(SharedStorage<C>& s, uint32_t flags) {
 }
 
 template <class C>
-__device__ __forceinline__ void mask_and_cap(const Params& p, const Tile& tile, uint32_t flags,
+__device__ __forceinline__ void mask_and_cap(const Params& p, const Item& item, const Tile& tile, uint32_t flags,
                                              float (&scores)[C::kTile / 2], const Rows& rows,
                                              const ItemScales<C>& scales) {
   if constexpr (C::kGeneral) decode::cap_scores<C::kTile, C::kConverts ? 8 : C::kTile / 2>(scales.of(p), scores);
-  if (flags & kMasked) hide<C>(p, tile, scores, rows);
+  if (flags & kMasked) hide<C>(p, item, tile, scores, rows);
 }
 
 // What comes after a tile: its V and the K of the next tile. Looked for while there is other work, because the answers
@@ -385,7 +388,7 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage<C>& s) {
   ptx::wgmma_touch(scores);
   release<C>(s, ring, signals);
   leave_q<C>(s, flags);
-  mask_and_cap<C>(p, s.tiles[tile], flags, scores, rows, scales);
+  mask_and_cap<C>(p, s.items[item], s.tiles[tile], flags, scores, rows, scales);
   decode::softmax_rows<C, kTile>(scales.of(p), scores, acc, alpha);
   ahead.look(s, ring, tile);
   ahead.read(s);
@@ -424,7 +427,7 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage<C>& s) {
       rows = load_rows<C>(p, s.items[item % kItems]);
       reset<C>(acc);
     }
-    mask_and_cap<C>(p, s.tiles[tile], flags, scores, rows, scales);
+    mask_and_cap<C>(p, s.items[item % kItems], s.tiles[tile], flags, scores, rows, scales);
     const bool grew = decode::softmax_rows<C, kTile>(scales.of(p), scores, acc, alpha);
     const Ring<C::kBuffers> v_ring = ahead.v;
     ahead.look(s, ring, tile);

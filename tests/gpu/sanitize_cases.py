@@ -92,7 +92,7 @@ EXTEND = (
     ExtendCase("gathered first", [(300, [(0, 8)] * 3), (0, [(0, 270)])], order="permuted", gather=True),
     ExtendCase("e4m3", [(256, [(0, 8)] * 9), (0, [(0, 300)])], order="permuted", e4m3=True),
     ExtendCase("e4m3 d64, converted first", [(300, [(0, 90)] * 2)], 64, order="permuted", gather=True, e4m3=True),
-    ExtendCase("e4m3 d256 fp16", [(300, [(0, 90)])], 256, torch.float16, page_size=64, e4m3=True),
+    ExtendCase("e4m3 d256 fp16", [(256, [(0, 90)])], 256, torch.float16, page_size=64, e4m3=True),
     ExtendCase("e4m3 d64, cap", [(0, [(700, 200)])], 64, page_size=16, logit_cap=20.0, e4m3=True),
 )
 

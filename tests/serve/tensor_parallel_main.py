@@ -1,0 +1,44 @@
+"""An engine on one GPU or on two, on a small model of random weights; prints its tokens.
+
+    python tests/serve/tensor_parallel_main.py flashcore_sparse 2
+
+A file of its own: the engine spawns processes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+
+from spec_main import TOKENS, make_model
+from ties import ASK, best_two
+
+
+def main() -> None:
+    import sglang
+    import torch
+
+    backend, gpus = sys.argv[1], int(sys.argv[2])
+    engine = sglang.Engine(
+        model_path=make_model(tempfile.mkdtemp()),
+        skip_tokenizer_init=True,
+        attention_backend=backend,
+        tp_size=gpus,
+        max_total_tokens=8192,
+        max_running_requests=8,
+        cuda_graph_max_bs_decode=8,
+        mem_fraction_static=0.3,
+        random_seed=1,
+    )
+    tokens = torch.randint(3, 1000, (460,), generator=torch.Generator().manual_seed(3)).tolist()
+    prompts = [tokens[:300] + tokens[300 + 20 * i : 320 + 20 * i] for i in range(8)]
+    sampling = {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True}
+    engine.generate(input_ids=prompts[:1], sampling_params=sampling)  # its prompt is then in the radix cache
+    answers = engine.generate(input_ids=prompts, sampling_params=sampling, **ASK)
+    print("ANSWERS " + json.dumps([[a["output_ids"], best_two(a)] for a in answers]), flush=True)
+    engine.shutdown()
+
+
+if __name__ == "__main__":
+    main()
