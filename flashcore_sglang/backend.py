@@ -20,7 +20,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from flashcore_sglang import env
 from flashcore_sglang.config import cost_model
 from flashcore_sglang.cpu_attention import CpuAttention, CpuStep
-from flashcore_sglang.facts import facts_of
+from flashcore_sglang.facts import facts_of, largest_batch
 from flashcore_sglang.gpu_attention import GpuAttention, GpuStep
 from flashcore_sglang.gpu_decode import Scale
 from flashcore_sglang.layout import describe_status
@@ -255,12 +255,13 @@ class FlashCoreSparseBackend(AttentionBackend):
 
     def _make_gpu(self, model_runner: Any) -> GpuAttention:
         chunk = getattr(model_runner.server_args, "chunked_prefill_size", None) or 0
-        rows, context = self.req_to_token_pool.req_to_token.shape
+        context = self.req_to_token_pool.req_to_token.shape[1]
         return GpuAttention(
             self.facts,
             num_pages=self.num_pages,
             window_pages=self._pages_of(getattr(self.token_to_kv_pool, "size_swa", 0)),
-            table_shape=(rows, context),
+            max_batch=largest_batch(model_runner),
+            max_context=context,
             max_extend=chunk if chunk > 0 else 8192,
             sharing=self._sharing,
             device=self.device,

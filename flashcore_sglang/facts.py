@@ -38,7 +38,7 @@ def facts_of(model_runner: Any) -> ServingFacts:
         draft_steps=(_speculation(args, "speculative_num_steps") or 0) if drafts else 0,
         draft_models=(_speculation(args, "speculative_num_steps") or 0) if drafts and several_models else 0,
         deterministic=bool(args.enable_deterministic_inference),
-        max_requests=model_runner.req_to_token_pool.req_to_token.shape[0] - 1,  # the first row is padding
+        max_requests=model_runner.req_to_token_pool.size,  # a PD decode server's table has more rows
         serves_prefill=serves_prefill(model_runner),
         context_parallel=max(getattr(args, "dcp_size", 1) or 1, getattr(args, "attn_cp_size", 1) or 1),
         torch_compile=bool(getattr(args, "enable_torch_compile", False)),
@@ -64,6 +64,13 @@ def facts_of(model_runner: Any) -> ServingFacts:
             for x in layers
         ),
     )
+
+
+def largest_batch(model_runner: Any) -> int:
+    """Rows of a batch: SGLang pads to equal parts for the ranks of data-parallel attention, in both halves of two-batch
+    overlap."""
+    multiple = 2 * (getattr(model_runner.server_args, "tp_size", None) or 1)
+    return -(-model_runner.req_to_token_pool.size // multiple) * multiple
 
 
 def serves_prefill(model_runner: Any) -> bool:

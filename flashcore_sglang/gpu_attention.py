@@ -58,7 +58,7 @@ class GpuAttention:
     Args:
         facts:      of the server.
         num_pages:  of the KV pool. window_pages: of the pool of layers with a window, if they have one.
-        table_shape: of SGLang's ``req_to_token``.
+        max_batch: rows of a batch. max_context: tokens of a row of SGLang's ``req_to_token``.
         branches:   of the drafts of a request that are decoded at a time; 1 where none are.
         max_extend: new tokens of a step that there is room for at first.
         sharing:    False: every request reads its own pages.
@@ -73,17 +73,18 @@ class GpuAttention:
         *,
         num_pages: int,
         window_pages: int,
-        table_shape: tuple[int, int],
+        max_batch: int,
+        max_context: int,
         max_extend: int,
         sharing: bool,
         device: torch.device | str,
         branches: int = 1,
     ) -> None:
-        self.max_rows = min(MAX_ROWS, table_shape[0] * branches)
-        self._max_requests = min(MAX_ROWS, table_shape[0])
+        self.max_rows = min(MAX_ROWS, max_batch * branches)
+        self._max_requests = min(MAX_ROWS, max_batch)
         self._facts, self._sharing, self._device = facts, sharing, device
         self._num_pages, self._window_pages = num_pages, window_pages
-        self._max_tokens = min(table_shape[1], num_pages * facts.page_size)
+        self._max_tokens = min(max_context, num_pages * facts.page_size)
         self._max_extend, self._drafts = max_extend, facts.draft_tokens
         self._windows: dict[tuple[Reach, bool], DeviceWindow] = {}
         self._pager: DevicePager | None = None

@@ -97,12 +97,15 @@ def read_step(forward_batch: Any) -> Step:
         size = forward_batch.batch_size
         seq_lens = forward_batch.seq_lens[:size].clamp(min=drafts)
         return Step(rows[:size], seq_lens, torch.full_like(seq_lens, drafts), size * drafts, drafts, drafts)
+    lens = getattr(forward_batch, "extend_seq_lens_cpu", None)
+    if lens is not None and len(lens):
+        counts = [int(n) for n in lens]
+        # Data-parallel attention counts the tokens that pad a batch in ``extend_num_tokens``, and none of them here.
+        return Step(rows, forward_batch.seq_lens, forward_batch.extend_seq_lens, sum(counts), max(counts))
     tokens = getattr(forward_batch, "extend_num_tokens", None)
     if tokens is None:
         tokens = int(forward_batch.extend_seq_lens.sum())
-    lens = getattr(forward_batch, "extend_seq_lens_cpu", None)
-    longest = max(map(int, lens)) if lens is not None and len(lens) else tokens
-    return Step(rows, forward_batch.seq_lens, forward_batch.extend_seq_lens, int(tokens), longest)
+    return Step(rows, forward_batch.seq_lens, forward_batch.extend_seq_lens, int(tokens), int(tokens))
 
 
 def _draft_extend_tokens(forward_batch: Any) -> int:

@@ -96,15 +96,34 @@ def test_idle_batch_needs_no_plan(scheduler):
     assert backend.forward(q, k, v, scheduler.runner.model[0], batch).shape == (0, HEADS * DIM)
 
 
-def test_tokens_that_pad_the_batch_give_zeros(scheduler):
+@pytest.mark.parametrize("kernels", [False, True], ids=["PyTorch", "tables of a GPU"])
+def test_tokens_that_pad_the_batch_give_zeros(scheduler, kernels, monkeypatch):
+    """As data-parallel attention pads: ``extend_num_tokens`` counts them, the lengths of the requests do not."""
     backend = FlashCoreSparseBackend(scheduler.runner)
+    if kernels:
+        fake_kernels.install(monkeypatch)
+        backend._gpu = backend._make_gpu(scheduler.runner)
     batch = scheduler.batch([scheduler.add(list(range(20)))[0]], [20])
     q, k, v = tensors(scheduler, 24)
-    backend.init_forward_metadata(batch)
     batch.out_cache_loc = torch.cat([batch.out_cache_loc, torch.zeros(4, dtype=torch.int64)])  # SGLang's padding slot
+    batch.extend_num_tokens, batch.extend_seq_lens_cpu = 24, [20]
+    backend.init_forward_metadata(batch)
     got = backend.forward_extend(q, k, v, scheduler.runner.model[0], batch)
     close(got[:20], wanted(scheduler, batch, q[:20]))
     assert not got[20:].any()
+
+
+def test_extend_of_an_idle_rank_reads_the_padding_slot(scheduler, caplog):
+    """Where other ranks prefill, SGLang makes up one request of as many tokens, in row 0 of its table."""
+    backend = FlashCoreSparseBackend(scheduler.runner)
+    batch = scheduler.batch([scheduler.add([1, 2])[0]], [2])
+    batch.req_pool_indices, batch.out_cache_loc = torch.zeros(1, dtype=torch.int64), torch.zeros(7, dtype=torch.int64)
+    batch.seq_lens = batch.extend_seq_lens = torch.tensor([7])
+    batch.extend_num_tokens, batch.extend_seq_lens_cpu = 7, [7]
+    backend.init_forward_metadata(batch)
+    out = backend.forward(*tensors(scheduler, 7), scheduler.runner.model[0], batch)
+    assert out.shape == (7, HEADS * DIM) and out.isfinite().all()
+    assert "want" not in caplog.text, "no bound is violated"
 
 
 @pytest.mark.parametrize("kernels", [False, True], ids=["PyTorch", "tables of a GPU"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 
 import needs
 import pytest
@@ -11,6 +12,9 @@ import torch
 needs.sglang()
 
 from contract.sglang_fixtures import DIM, HEADS, KV_HEADS, SCALE, MiniScheduler, make_runner
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams
+from sglang.srt.mem_cache.radix_cache import RadixKey
+from unit import fake_kernels
 
 from flashcore_sglang import reference
 from flashcore_sglang.backend import FlashCoreSparseBackend
@@ -124,6 +128,74 @@ def test_row_reused_by_another_request_of_the_same_length_is_noticed():
     assert again == b
     server.decode([a, again])  # the same pool indices and length + 1 as the step that never came
     assert server.segments([a, again]).num_segments == 2
+
+
+class Loading:
+    """Of HiCache's ``LayerDoneCounter``: a layer's K and V are there when somebody has waited for it."""
+
+    def __init__(self, pool, slots: torch.Tensor, host: tuple[torch.Tensor, torch.Tensor]) -> None:
+        self.pool, self.slots, self.host, self.waited = pool, slots, host, 0
+
+    def wait_until(self, layer: int) -> None:
+        self.waited += 1
+        self.pool.k_buffer[layer][self.slots], self.pool.v_buffer[layer][self.slots] = self.host
+
+
+@pytest.mark.parametrize("kernels", [False, True], ids=["PyTorch", "tables of a GPU"])
+def test_prefix_that_hicache_loads_back_is_waited_for(kernels, monkeypatch):
+    """It goes to the host and comes back into other slots, layer by layer."""
+    server = Server(slots=760, context=512)
+    if kernels:
+        fake_kernels.install(monkeypatch)
+        server.backend._gpu = server.backend._make_gpu(server.runner)
+    scheduler, pool = server.scheduler, server.runner.token_to_kv_pool
+    rows = [server.start([*SYSTEM, 1000 + i])[0] for i in range(2)]
+    server.decode(rows)
+    old = scheduler.table[rows[0], : len(SYSTEM)].long()
+    host = pool.get_key_buffer(0)[old].clone(), pool.get_value_buffer(0)[old].clone()
+    for row in rows:
+        scheduler.finish(row)
+    scheduler.tree.evict(EvictParams(num_tokens=2 * len(SYSTEM)))
+    scheduler.poison()
+    loaded = scheduler.alloc(len(SYSTEM))
+    assert not torch.equal(loaded, old)
+    scheduler.tree.insert(InsertParams(key=RadixKey(array("q", SYSTEM), None), value=loaded))
+    loading = Loading(pool, loaded, host)
+    pool.register_layer_transfer_counter(loading)
+    rows = []
+    for i in range(2):
+        row, cached = scheduler.add([*SYSTEM, 2000 + i])
+        assert cached == len(SYSTEM)
+        rows.append(row)
+    server.forward(rows, [1, 1])  # reads NaN in what was not waited for
+    assert loading.waited
+    server.decode(rows)
+
+
+def test_decode_server_of_pd_disaggregation_serves_rows_beyond_its_batch(monkeypatch):
+    """Its table has rows for requests whose K and V are on their way; the prefill server wrote what they have."""
+    from sglang.srt.disaggregation.decode import DecodeReqToTokenPool
+
+    table = DecodeReqToTokenPool(size=4, max_context_len=512, device="cpu", enable_memory_saver=False, pre_alloc_size=8)
+    server = Server(slots=2048, context=512, req_to_token_pool=table)
+    scheduler = server.scheduler
+    rows = []
+    for i in range(table.size):
+        tokens, row = [*SYSTEM, 1000 + i], scheduler.free_rows.pop()
+        slots = scheduler.alloc(len(tokens))
+        table.req_to_token[row, : len(tokens)] = slots.to(torch.int32)
+        scheduler.tokens[row] = tokens
+        scheduler.pool.get_key_buffer(0)[slots] = scheduler.random(len(tokens), KV_HEADS, DIM)
+        scheduler.pool.get_value_buffer(0)[slots] = scheduler.random(len(tokens), KV_HEADS, DIM)
+        rows.append(row)
+    assert min(rows) > table.size
+    server.decode(rows)
+    assert server.segments(rows).num_segments == len(rows), "nothing is shared without a radix cache"
+    assert server.backend._facts.max_requests == table.size
+    fake_kernels.install(monkeypatch)
+    server.backend._gpu = server.backend._make_gpu(server.runner)
+    assert server.backend._gpu.max_rows == table.size, "no buffers for requests that do not run"
+    server.decode(rows)
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -1,0 +1,126 @@
+"""An engine with one feature of a deployment, on a small model of random weights; prints its tokens.
+
+    python tests/serve/feature_main.py lora flashcore_sparse
+
+lora: an adapter for every other request. hicache: a pool too small for the prompts, which go to the host and come back.
+dp: data-parallel attention on two GPUs, one of which is idle at times.
+pd: a decode server without its prefill server, on SGLang's stand-in for the transfer: prompts' K and V are 0.
+A file of its own: the engine spawns processes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from spec_main import make_model
+
+LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, RANK = 2, 512, 8, 2, 128, 8
+ROWS_OF = {"q_proj": HEADS, "k_proj": KV_HEADS, "v_proj": KV_HEADS}
+"""Heads of the projections that the adapter changes."""
+SHARED, OWN, REQUESTS, TOKENS = 300, 20, 4, 24
+POOL = {"hicache": 1024}
+"""Slots; two groups of requests fit in hicache's at a time."""
+FAKE_PREFILL_SERVER = "2.2.2.2"
+"""What SGLang calls FAKE_BOOTSTRAP_HOST."""
+
+
+def unpin() -> None:
+    """SGLang pins LoRA's tables on any device, which is an error where there is no accelerator."""
+    for name in ("tensor", "zeros", "empty"):
+        make = getattr(torch, name)
+        setattr(torch, name, lambda *args, pin_memory=False, _make=make, **kwargs: _make(*args, **kwargs))
+    torch.Tensor.pin_memory = lambda self, *_: self
+
+
+if not torch.cuda.is_available():
+    unpin()  # here, as the engine's processes import this file
+
+
+def make_adapter(folder: str) -> str:
+    """Random weights as PEFT writes them."""
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(5)
+    weights = {}
+    for layer in range(LAYERS):
+        for name, heads in ROWS_OF.items():
+            at = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            weights[f"{at}.lora_A.weight"] = 0.1 * torch.randn(RANK, HIDDEN, generator=generator)
+            weights[f"{at}.lora_B.weight"] = 0.1 * torch.randn(heads * HEAD_DIM, RANK, generator=generator)
+    save_file(weights, Path(folder) / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 2 * RANK, "bias": "none"}
+    (Path(folder) / "adapter_config.json").write_text(json.dumps({**config, "target_modules": list(ROWS_OF)}))
+    return folder
+
+
+def engine_arguments(feature: str, cuda: bool) -> dict[str, Any]:
+    if feature == "lora":
+        arguments = {"lora_paths": {"adapter": make_adapter(tempfile.mkdtemp())}, "max_loras_per_batch": 2}
+        return arguments if cuda else {**arguments, "lora_backend": "torch_native"}
+    if feature == "hicache":
+        return {
+            "enable_hierarchical_cache": True,
+            "hicache_ratio": 4.0,
+            "hicache_write_policy": "write_through",
+            "hicache_mem_layout": "layer_first",
+            "hicache_io_backend": "direct",
+        }
+    if feature == "dp":
+        return {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True}
+    return {"disaggregation_mode": "decode", "disaggregation_transfer_backend": "fake"}
+
+
+def request_arguments(feature: str) -> dict[str, Any]:
+    if feature == "lora":
+        return {"lora_path": ["adapter", None] * (REQUESTS // 2)}
+    if feature == "pd":
+        rooms = list(range(REQUESTS))
+        return {"bootstrap_host": [FAKE_PREFILL_SERVER] * REQUESTS, "bootstrap_room": rooms}
+    return {}
+
+
+def main() -> None:
+    import sglang
+
+    feature, backend = sys.argv[1:]
+    cuda = torch.cuda.is_available()
+    arguments = engine_arguments(feature, cuda)
+    if cuda:
+        arguments |= {"device": "cuda", "cuda_graph_max_bs_decode": 4, "mem_fraction_static": 0.3}
+    else:
+        arguments |= {"device": "cpu", "dtype": "float32"}
+    engine = sglang.Engine(
+        model_path=make_model(tempfile.mkdtemp()),
+        skip_tokenizer_init=True,
+        attention_backend=backend,
+        max_total_tokens=POOL.get(feature, 8192),
+        max_running_requests=REQUESTS,
+        random_seed=1,
+        log_level="info",
+        **arguments,
+    )
+    generator = torch.Generator().manual_seed(3)
+    sampling = {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True}
+    own = [[(1 + i) * 7 + j for j in range(OWN)] for i in range(REQUESTS)]
+    groups = [torch.randint(3, 1000, (SHARED,), generator=generator).tolist() for _ in range(3)]
+    rounds = [*groups, groups[0]] if feature == "hicache" else [groups[0]]
+    answers = []
+    for shared in rounds:
+        prompts = [shared + x for x in own]
+        if feature != "pd":  # the first prompt is then in the cache, and its slots are shared
+            engine.generate(input_ids=prompts[0], sampling_params={**sampling, "max_new_tokens": 1})
+        done = engine.generate(input_ids=prompts, sampling_params=sampling, **request_arguments(feature))
+        answers.append(
+            {"tokens": [a["output_ids"] for a in done], "cached": [a["meta_info"]["cached_tokens"] for a in done]}
+        )
+    print("ANSWERS " + json.dumps(answers), flush=True)
+    engine.shutdown()
+
+
+if __name__ == "__main__":
+    main()

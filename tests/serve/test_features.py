@@ -1,0 +1,69 @@
+"""Engines with a feature of a deployment: the tokens of another attention backend under the same feature."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import needs
+import pytest
+import torch
+from serve.programs import Programs
+
+needs.sglang()
+
+pytestmark = pytest.mark.serve
+CUDA = torch.cuda.is_available()
+BACKENDS = ("flashcore_sparse", "fa3" if CUDA else "torch_native")
+RUNS = {"lora": True, "pd": True, "hicache": CUDA, "dp": torch.cuda.device_count() > 1}
+"""Which features SGLang has on this machine."""
+
+
+@pytest.fixture(scope="module")
+def programs(request) -> Programs:
+    """Two for each selected test: ours and SGLang's."""
+    selected = [x.callspec.params["feature"] for x in request.session.items if x.fspath == request.node.fspath]
+    return Programs("feature_main.py", [(x, backend) for x in selected if RUNS[x] for backend in BACKENDS])
+
+
+def compared(programs: Programs, feature: str) -> tuple[list[dict], str]:
+    """Rounds of our engine, and its log. Fails where its tokens are not those of the other backend."""
+    done = [programs[feature, backend] for backend in BACKENDS]
+    ours, theirs = (json.loads(re.search(r"^ANSWERS (.*)$", x.stdout, re.M)[1]) for x in done)
+    for mine, other in zip(ours, theirs, strict=True):
+        equal = sum(a == b for a, b in zip(mine["tokens"], other["tokens"], strict=True))
+        # In bfloat16 a tie of two logits may end otherwise: in one request.
+        assert equal >= len(mine["tokens"]) - CUDA, (mine["tokens"], other["tokens"])
+    log = done[0].stdout + done[0].stderr
+    assert "flashcore_sparse serves on" in log
+    return ours, log
+
+
+@pytest.mark.parametrize("feature", ["lora"])
+def test_adapter_changes_the_requests_that_ask_for_it(programs, feature):
+    ((answers,), _) = compared(programs, feature)
+    with_adapter, without = answers["cached"][::2], answers["cached"][1::2]
+    assert min(without) >= 300, "the prompts without the adapter share their prefix"
+    assert min(with_adapter) < 300, "with the adapter K and V are its own"
+
+
+@pytest.mark.parametrize("feature", ["pd"])
+def test_decode_server_of_pd_disaggregation(programs, feature):
+    _, log = compared(programs, feature)
+    assert "nothing is shared (a PD decode server keeps no radix cache" in log
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not RUNS["hicache"], reason="SGLang has a host cache on a GPU only")
+@pytest.mark.parametrize("feature", ["hicache"])
+def test_prefixes_come_back_from_the_host(programs, feature):
+    rounds, _ = compared(programs, feature)
+    assert min(rounds[-1]["cached"]) >= 300, "the pool has no room for them beside the others"
+    assert sum(a == b for a, b in zip(rounds[0]["tokens"], rounds[-1]["tokens"], strict=True)) >= 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not RUNS["dp"], reason="two ranks, one of them idle at times, need two GPUs")
+@pytest.mark.parametrize("feature", ["dp"])
+def test_ranks_of_data_parallel_attention(programs, feature):
+    compared(programs, feature)
