@@ -134,6 +134,46 @@ ROWS: list[tuple[str, list[str], list[str]]] = [
         ["serve/test_speculative.py::test_drafts_change_the_steps_and_not_the_tokens"],
     ),
     (
+        "two-batch overlap",
+        [
+            f"contract/test_two_batch_overlap.py::test_{x}"
+            for x in (
+                "decode",
+                "extend_between_requests",
+                "extend_of_one_request_in_two_chunks",
+                "halves_that_are_padded",
+            )
+        ],
+        ["sglang_kit/test_graph.py::test_replays_in_two_halves"],
+    ),
+    (
+        "data-parallel attention (padded and idle batches; GPU: a server of two ranks)",
+        [
+            "contract/test_backend.py::test_idle_batch_needs_no_plan",
+            "contract/test_backend.py::test_tokens_that_pad_the_batch_give_zeros",
+            "contract/test_backend.py::test_extend_of_an_idle_rank_reads_the_padding_slot",
+        ],
+        ["serve/test_features.py::test_ranks_of_data_parallel_attention"],
+    ),
+    (
+        "LoRA adapters",
+        ["serve/test_features.py::test_adapter_changes_the_requests_that_ask_for_it"],
+        ["serve/test_features.py::test_adapter_changes_the_requests_that_ask_for_it"],
+    ),
+    (
+        "hierarchical cache (HiCache): prefixes that come back from the host",
+        ["contract/test_radix_cache.py::test_prefix_that_hicache_loads_back_is_waited_for"],
+        ["serve/test_features.py::test_prefixes_come_back_from_the_host"],
+    ),
+    (
+        "decode side of PD-disaggregation (on SGLang's stand-in for the transfer)",
+        [
+            "contract/test_radix_cache.py::test_decode_server_of_pd_disaggregation_serves_rows_beyond_its_batch",
+            "serve/test_features.py::test_decode_server_of_pd_disaggregation",
+        ],
+        ["serve/test_features.py::test_decode_server_of_pd_disaggregation"],
+    ),
+    (
         "decode CUDA graphs",
         [],
         [

@@ -12,11 +12,15 @@ from sglang_kit.kit import HOPPER, OPTIONS, buffers, build, case, kit, prepare, 
 if not HOPPER:
     pytest.skip("no Hopper GPU", allow_module_level=True)
 
+from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
+from sglang.srt.layers.attention.tbo_backend import TboAttnBackend
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.test.kits.attention_unittest.runner_modes import cuda_graph_decode_runner as runner_kit
 from sglang.test.kits.attention_unittest.runner_modes import split_op_runner as split_kit
+
+from flashcore_sglang.plugin import NAME
 
 pytestmark = [pytest.mark.contract, pytest.mark.gpu]
 DENSE = kit.make_dense_cases("flashcore_sparse")
@@ -62,8 +66,20 @@ class Captured:
         self.fixture, self.size = fixture, size
         self.backend = backend or fixture.backend
         self.hidden = torch.randn(size, 64, dtype=torch.bfloat16, device="cuda")
+        self.view = self._make_view(size)
+        self.backend.init_cuda_graph_state(size, size)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), forward_context(ForwardContext(attn_backend=self.backend)):
+            self.backend.init_forward_metadata_out_graph(self.view, in_capture=True)
+            self._forward()
+            torch.cuda.synchronize()
+            with torch.cuda.graph(self.graph):
+                self.backend.init_forward_metadata_in_graph(self.view)
+                self.out = self._forward()
+
+    def _make_view(self, size: int) -> SimpleNamespace:
         ints = {"dtype": torch.int64, "device": "cuda"}
-        self.view = SimpleNamespace(
+        return SimpleNamespace(
             batch_size=size,
             forward_mode=ForwardMode.DECODE,
             actual_forward_mode=ForwardMode.DECODE,
@@ -77,15 +93,6 @@ class Captured:
             out_cache_loc=torch.zeros(size, **ints),
             spec_info=None,
         )
-        self.backend.init_cuda_graph_state(size, size)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), forward_context(ForwardContext(attn_backend=self.backend)):
-            self.backend.init_forward_metadata_out_graph(self.view, in_capture=True)
-            self._forward()
-            torch.cuda.synchronize()
-            with torch.cuda.graph(self.graph):
-                self.backend.init_forward_metadata_in_graph(self.view)
-                self.out = self._forward()
 
     def _forward(self) -> torch.Tensor:
         return self.fixture.actual_module(self.hidden, self.view)
@@ -105,6 +112,34 @@ class Captured:
         self.out.fill_(torch.nan)
         self.graph.replay()
         return self.out[: self.fixture.forward_batch.batch_size]
+
+
+class CapturedHalves(Captured):
+    """The same by SGLang's backend for two-batch overlap: ours for each half, and a third one for the whole."""
+
+    def _make_view(self, size: int) -> SimpleNamespace:
+        view = super()._make_view(size)
+        view.seq_lens_cpu, view.max_seq_len_override = torch.ones(size, dtype=torch.int64), None
+        self.parts = slice(0, size // 2), slice(size // 2, size)
+        view.tbo_children = self.halves = [
+            SimpleNamespace(
+                **{k: v[part] if isinstance(v, torch.Tensor) else v for k, v in vars(view).items()}
+                | {"batch_size": size // 2}
+            )
+            for part in self.parts
+        ]
+        return view
+
+    def _forward(self) -> torch.Tensor:
+        halves = []
+        for backend, view, part in zip(self.backend.children, self.halves, self.parts, strict=True):
+            with forward_context(ForwardContext(attn_backend=backend)):
+                halves.append(self.fixture.actual_module(self.hidden[part], view))
+        return torch.cat(halves)
+
+    def load(self) -> None:
+        self.view.tbo_children = None  # SGLang's views of a replay have none, and are cut anew
+        super().load()
 
 
 def lifted(lens: list[int], size: int | None = None) -> kit.DenseAttentionFixture:
@@ -146,6 +181,17 @@ def test_replays_follow_groups_that_change(size):
         expect(fixture, captured.replay())
 
 
+@pytest.mark.parametrize("size", [6, 8])
+def test_replays_in_two_halves(size):
+    fixture = lifted([600, 600, 600, 600, 90], size)
+    backend = TboAttnBackend.init_new(lambda: ATTENTION_BACKENDS[NAME](fixture.runner))
+    captured = CapturedHalves(fixture, size, backend)
+    for groups in ([], [([0, 1, 2, 3], 256)], [([2, 3], 512)]):
+        share_prefixes(fixture, groups)
+        captured.load()
+        expect(fixture, captured.replay())
+
+
 def test_rows_rewritten_after_the_snapshot_do_not_reach_the_replay():
     """SGLang's scheduler may rewrite rows once the step's metadata is made (overlap scheduling)."""
     fixture = lifted([600, 600, 600, 90])
@@ -168,8 +214,6 @@ def test_slots_that_were_freed_and_given_to_others():
 
 def test_decode_beside_fa3():
     """Shape ``--attention-backend fa3 --decode-attention-backend flashcore_sparse``."""
-    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
-
     fixture = lifted([600, 600, 90])
     share_prefixes(fixture, [([0, 1], 512)])
     fixture.runner.server_args.speculative_attention_mode = "prefill"
