@@ -112,12 +112,13 @@ def main() -> None:
     answers = []
     for shared in rounds:
         prompts = [shared + x for x in own]
+        found = 0
         if feature != "pd":  # the first prompt is then in the cache, and its slots are shared
-            engine.generate(input_ids=prompts[0], sampling_params={**sampling, "max_new_tokens": 1})
+            first = engine.generate(input_ids=prompts[0], sampling_params={**sampling, "max_new_tokens": 1})
+            found = first["meta_info"]["cached_tokens"]
         done = engine.generate(input_ids=prompts, sampling_params=sampling, **request_arguments(feature))
-        answers.append(
-            {"tokens": [a["output_ids"] for a in done], "cached": [a["meta_info"]["cached_tokens"] for a in done]}
-        )
+        cached = [a["meta_info"]["cached_tokens"] for a in done]
+        answers.append({"tokens": [a["output_ids"] for a in done], "found": found, "cached": cached})
     print("ANSWERS " + json.dumps(answers), flush=True)
     engine.shutdown()
 

@@ -58,7 +58,7 @@ def test_decode_server_of_pd_disaggregation(programs, feature):
 @pytest.mark.parametrize("feature", ["hicache"])
 def test_prefixes_come_back_from_the_host(programs, feature):
     rounds, _ = compared(programs, feature)
-    assert min(rounds[-1]["cached"]) >= 300, "the pool has no room for them beside the others"
+    assert [x["found"] >= 300 for x in rounds] == [False, False, False, True]  # the pool has room for two of the three
     assert sum(a == b for a, b in zip(rounds[0]["tokens"], rounds[-1]["tokens"], strict=True)) >= 3
 
 
