@@ -81,11 +81,14 @@ class FlashCoreSparseBackend(AttentionBackend):
         if not self._gpu or facts.serves_prefill:
             _ = self._cpu  # compiled now rather than in a request
         args = model_runner.server_args
+        pd_decode = getattr(args, "disaggregation_mode", "null") == "decode"
+        # Asked by both names: 0.5.23 keeps what it makes of the second apart from the arguments.
+        cached = not pd_decode or getattr(args, "disaggregation_decode_enable_radix_cache", False)
         reason = no_sharing_reason(
             sharing=env.sharing(),
             deterministic=facts.deterministic,
-            radix_cache=not getattr(args, "disable_radix_cache", False),
-            pd_decode=getattr(args, "disaggregation_mode", "null") == "decode",
+            radix_cache=cached and not getattr(args, "disable_radix_cache", False),
+            pd_decode=pd_decode,
         )
         self._recorder = self._make_recorder(facts)
         interval, consumers = self._make_consumers(model_runner, reason)

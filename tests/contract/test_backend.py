@@ -278,11 +278,21 @@ def test_log_says_once_that_the_requests_share_nothing(scheduler, monkeypatch, c
     assert caplog.text.count("nothing is shared by these requests") == 1
 
 
-@pytest.mark.parametrize(("argument", "value"), [("disable_radix_cache", True)])
-def test_start_says_why_nothing_can_be_shared(scheduler, caplog, argument, value):
-    setattr(scheduler.runner.server_args, argument, value)
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"disable_radix_cache": True}, "nothing is shared (--disable-radix-cache"),
+        ({"disaggregation_mode": "decode"}, "nothing is shared (a PD decode server keeps no radix cache"),
+        (
+            {"disaggregation_mode": "decode", "disaggregation_decode_enable_radix_cache": True},
+            "prefix sharing on",
+        ),
+    ],
+)
+def test_start_says_why_nothing_can_be_shared(scheduler, caplog, arguments, words):
+    vars(scheduler.runner.server_args).update(arguments)
     FlashCoreSparseBackend(scheduler.runner)
-    assert "nothing is shared (--disable-radix-cache" in caplog.text
+    assert words in caplog.text
 
 
 def test_recorded_batch_gives_the_segments_that_served_it(scheduler, monkeypatch, tmp_path):
