@@ -147,13 +147,13 @@ ROWS: list[tuple[str, list[str], list[str]]] = [
         ["sglang_kit/test_graph.py::test_replays_in_two_halves"],
     ),
     (
-        "data-parallel attention (padded and idle batches; GPU: a server of two ranks)",
+        "data-parallel attention: padded and idle batches",
         [
             "contract/test_backend.py::test_idle_batch_needs_no_plan",
             "contract/test_backend.py::test_tokens_that_pad_the_batch_give_zeros",
             "contract/test_backend.py::test_extend_of_an_idle_rank_reads_the_padding_slot",
         ],
-        ["serve/test_features.py::test_ranks_of_data_parallel_attention"],
+        [],
     ),
     (
         "LoRA adapters",

@@ -191,7 +191,7 @@ def test_decode_server_of_pd_disaggregation_serves_rows_beyond_its_batch(monkeyp
     assert min(rows) > table.size
     server.decode(rows)
     assert server.segments(rows).num_segments == len(rows), "nothing is shared without a radix cache"
-    assert server.backend._facts.max_requests == table.size
+    assert server.backend.facts.max_requests == table.size
     fake_kernels.install(monkeypatch)
     server.backend._gpu = server.backend._make_gpu(server.runner)
     assert server.backend._gpu.max_rows == table.size, "no buffers for requests that do not run"

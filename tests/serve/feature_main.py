@@ -3,7 +3,6 @@
     python tests/serve/feature_main.py lora flashcore_sparse
 
 lora: an adapter for every other request. hicache: a pool too small for the prompts, which go to the host and come back.
-dp: data-parallel attention on two GPUs, one of which is idle at times.
 pd: a decode server without its prefill server, on SGLang's stand-in for the transfer: prompts' K and V are 0.
 A file of its own: the engine spawns processes.
 """
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 from spec_main import make_model
+from ties import ASK, best_two
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, RANK = 2, 512, 8, 2, 128, 8
 ROWS_OF = {"q_proj": HEADS, "k_proj": KV_HEADS, "v_proj": KV_HEADS}
@@ -70,9 +70,12 @@ def engine_arguments(feature: str, cuda: bool) -> dict[str, Any]:
             "hicache_mem_layout": "layer_first",
             "hicache_io_backend": "direct",
         }
-    if feature == "dp":
-        return {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True}
     return {"disaggregation_mode": "decode", "disaggregation_transfer_backend": "fake"}
+
+
+def compares(feature: str) -> bool:
+    """Whether the engine is asked for what ties are told by; of a PD decode server the first token has no logprob."""
+    return feature != "pd"
 
 
 def request_arguments(feature: str) -> dict[str, Any]:
@@ -116,9 +119,11 @@ def main() -> None:
         if feature != "pd":  # the first prompt is then in the cache, and its slots are shared
             first = engine.generate(input_ids=prompts[0], sampling_params={**sampling, "max_new_tokens": 1})
             found = first["meta_info"]["cached_tokens"]
-        done = engine.generate(input_ids=prompts, sampling_params=sampling, **request_arguments(feature))
+        asked = request_arguments(feature) | (ASK if compares(feature) else {})
+        done = engine.generate(input_ids=prompts, sampling_params=sampling, **asked)
         cached = [a["meta_info"]["cached_tokens"] for a in done]
-        answers.append({"tokens": [a["output_ids"] for a in done], "found": found, "cached": cached})
+        best = [best_two(a) for a in done] if compares(feature) else []
+        answers.append({"tokens": [a["output_ids"] for a in done], "best": best, "found": found, "cached": cached})
     print("ANSWERS " + json.dumps(answers), flush=True)
     engine.shutdown()
 

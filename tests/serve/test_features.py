@@ -10,6 +10,7 @@ import needs
 import pytest
 import torch
 from serve.programs import Programs
+from serve.ties import same_but_for_ties
 
 from flashcore_sglang.requirements import SGLANG_MIN
 
@@ -39,9 +40,12 @@ def compared(programs: Programs, feature: str) -> tuple[list[dict], str]:
     done = [programs[feature, backend] for backend in BACKENDS]
     ours, theirs = (json.loads(re.search(r"^ANSWERS (.*)$", x.stdout, re.M)[1]) for x in done)
     for mine, other in zip(ours, theirs, strict=True):
-        equal = sum(a == b for a, b in zip(mine["tokens"], other["tokens"], strict=True))
-        # In bfloat16 a tie of two logits may end otherwise: in one request.
-        assert equal >= len(mine["tokens"]) - CUDA, (mine["tokens"], other["tokens"])
+        best = other["best"] or [[] for _ in other["tokens"]]
+        same = [
+            same_but_for_ties(*x) if x[2] else x[0] == x[1]
+            for x in zip(mine["tokens"], other["tokens"], best, strict=True)
+        ]
+        assert all(same), (mine["tokens"], other)
     log = done[0].stdout + done[0].stderr
     assert "flashcore_sparse serves on" in log
     return ours, log
@@ -68,11 +72,3 @@ def test_decode_server_of_pd_disaggregation(programs, feature):
 def test_prefixes_come_back_from_the_host(programs, feature):
     rounds, _ = compared(programs, feature)
     assert [x["found"] >= 300 for x in rounds] == [False, False, False, True]  # the pool has room for two of the three
-    assert sum(a == b for a, b in zip(rounds[0]["tokens"], rounds[-1]["tokens"], strict=True)) >= 3
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not RUNS["dp"], reason="two ranks, one of them idle at times, need two GPUs")
-@pytest.mark.parametrize("feature", ["dp"])
-def test_ranks_of_data_parallel_attention(programs, feature):
-    compared(programs, feature)
