@@ -122,7 +122,7 @@ def main() -> None:
         asked = request_arguments(feature) | (ASK if compares(feature) else {})
         done = engine.generate(input_ids=prompts, sampling_params=sampling, **asked)
         cached = [a["meta_info"]["cached_tokens"] for a in done]
-        best = [best_two(a) for a in done] if compares(feature) else []
+        best = [best_two(a) if compares(feature) else [] for a in done]
         answers.append({"tokens": [a["output_ids"] for a in done], "best": best, "found": found, "cached": cached})
     print("ANSWERS " + json.dumps(answers), flush=True)
     engine.shutdown()

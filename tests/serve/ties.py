@@ -17,7 +17,9 @@ def best_two(answer: dict[str, Any]) -> list[list[tuple[float, int]]]:
 
 def same_but_for_ties(tokens: list[int], other: list[int], best: list[list[tuple[float, int]]]) -> bool:
     """Whether ``tokens`` are ``other``'s, or first differ where ``other`` had to choose between two that it held for
-    equally good. ``best``: its ``best_two``. What follows a tie answers another text."""
+    equally good. ``best``: its ``best_two``; empty: there may be no tie. What follows a tie answers another text."""
+    if not best:
+        return tokens == other
     for mine, theirs, ((first, _), (second, runner_up)) in zip(tokens, other, best, strict=True):
         if mine != theirs:
             return mine == runner_up and first - second < TIE
