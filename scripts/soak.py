@@ -203,12 +203,14 @@ def main() -> int:
     arguments = ["--model-path", args.model_path, "--max-total-tokens", str(args.pool), "--random-seed", "1"]
     arguments += [*BACKENDS.get(args.backend, ["--attention-backend", args.backend]), "--skip-tokenizer-init"]
     arguments += ["--schedule-conservativeness", "0.1"]  # lets in more than fits in the end: retractions
+    arguments += ["--max-running-requests", str(args.at_once)]  # deterministic inference wants a bound
     arguments += ["--enable-deterministic-inference"] if args.deterministic else []
     arguments += args.server_args.split()
     log = Path(args.log or tempfile.mkstemp(suffix=".log")[1])
     with running(arguments, log) as server:
         print(f"ready in {server.ready_seconds:.0f} s", flush=True)
         run = asyncio.run(drive(server, Traffic(args.seed, args.longest), 60 * args.minutes, args.at_once))
+        print(f"{len(run.finished)} finished, {run.aborted} aborted, {len(run.errors)} failed; replaying", flush=True)
         again = asyncio.run(replay(server, run.finished[:: max(1, len(run.finished) // 300)], 60 * args.replay_minutes))
         summary = judge(run, again, server.log_text(), server.process.poll() is None, args.deterministic)
     print(json.dumps(summary, indent=1))
