@@ -145,7 +145,10 @@ class FlashCoreSparseBackend(AttentionBackend):
     def plan_drafts(self, drafts: Drafts) -> Sequence[CpuStep | GpuStep]:
         """Each step of a draft model, from one private snapshot of the rows of ``req_to_token``."""
         table = self.req_to_token_pool.req_to_token
-        return self._gpu.snapshot_drafts(drafts, table) if self._gpu else self._cpu.plan_drafts(drafts, table)
+        if not self._gpu:
+            return self._cpu.plan_drafts(drafts, table)
+        self._report_violation(self._gpu)
+        return self._gpu.snapshot_drafts(drafts, table)
 
     def update_verify_buffers_to_fill_after_draft(self, spec_info: Any, cuda_graph_bs: int | None) -> None:
         """Where a step was planned before its drafts were there: takes their mask. Plans depend on lengths alone."""
@@ -304,8 +307,7 @@ class FlashCoreSparseBackend(AttentionBackend):
             self._recorder.offer(self.req_to_token_pool.req_to_token, step.req_pool_indices, step.seq_lens)
 
     def _snapshot(self, gpu: GpuAttention, step: Step, in_capture: bool) -> GpuStep:
-        if status := gpu.violation():
-            self._report(status)
+        self._report_violation(gpu)
         statistics = self._gpu_statistics if step.is_decode and not in_capture else None
         sampled = statistics is not None and statistics.before_snapshot()
         planned = gpu.snapshot(step, self.req_to_token_pool.req_to_token, self._slot_map)
@@ -313,6 +315,11 @@ class FlashCoreSparseBackend(AttentionBackend):
             statistics.after_snapshot(step.num_rows)
         self._record(step, sampled)
         return planned
+
+    def _report_violation(self, gpu: GpuAttention) -> None:
+        """What the GPU found wrong in the tables of an earlier step."""
+        if status := gpu.violation():
+            self._report(status)
 
     def _report(self, status: tuple[int, int, int, int]) -> None:
         """The request reads the padding page where its table is wrong, and the server goes on."""

@@ -351,6 +351,15 @@ def test_more_branches_than_there_is_room_for_are_refused(monkeypatch):
         drafting.steps.init_forward_metadata(drafting.batch())
 
 
+def test_wrong_tables_of_earlier_steps_are_reported(monkeypatch, caplog):
+    fake_kernels.install(monkeypatch)
+    drafting = Drafting(2, kernels=True)
+    found = [None, (1, 3, 16, -7)]
+    monkeypatch.setattr(drafting.backend._gpu, "violation", found.pop)
+    drafting.steps.init_forward_metadata(drafting.batch())
+    assert found == [None] and "req_to_token" in caplog.text and "-7" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
