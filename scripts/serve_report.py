@@ -128,12 +128,13 @@ def load_table(results: dict[str, Any]) -> str:
 
 
 def split_table(results: dict[str, Any]) -> str:
-    """Markdown: milliseconds of a decode step by what ran; empty without ``--split``."""
+    """Markdown: milliseconds of a decode step by what ran, of rows that have a rate; empty without ``--split-rows``."""
     lines, kinds = [], []
     for row in _measured_rows(results):
         for backend, entry in results["backends"].items():
             measured = entry["rows"].get(row.name, {})
-            if shares := measured.get("split"):
+            shares = measured.get("split")
+            if shares and measured["steady"]:
                 kinds, step = list(shares), 1e3 * row.batch / measured["steady"]
                 times = [f"{step * share:.2f}" for share in (1.0, *shares.values())]
                 lines.append(f"| {row.name} | {backend} | " + " | ".join(times) + " |")

@@ -85,6 +85,8 @@ def test_step_is_split_by_kind_of_kernel():
     measured = results(ours=1000.0)
     measured["backends"]["ours"]["rows"][serve_report.ROWS[0].name]["split"] = shares
     assert "| ours | 256.00 | 128.00 | 12.80 | 76.80 | 25.60 | 12.80 |" in serve_report.split_table(measured)
+    measured["backends"]["ours"]["rows"][serve_report.ROWS[0].name]["steady"] = None  # too short for the log's lines
+    assert serve_report.split_table(measured) == ""
 
 
 def test_percentiles_are_in_milliseconds():
