@@ -66,22 +66,26 @@ def reasons_to_delegate(model_runner: Any, part: str) -> list[str]:
 
 def make_multi_step(factory: Any) -> MultiStepDraftBackend:
     """For ``DraftBackendFactory.create_decode_backend``."""
-    backend = _backend_of(factory.draft_model_runner)
+    backend = _backend_of(factory)
     logger.warning("%s serves the steps of the draft model", NAME)
     return MultiStepDraftBackend(backend, factory.topk, factory.speculative_num_steps)
 
 
 def make_extend(factory: Any) -> FlashCoreSparseBackend:
     """For ``DraftBackendFactory.create_draft_extend_backend``."""
-    backend = _backend_of(factory.draft_model_runner)
+    backend = _backend_of(factory)
     logger.warning("%s serves the extends of the draft model", NAME)
     return backend
 
 
-def _backend_of(model_runner: Any) -> FlashCoreSparseBackend:
-    """The draft model's own, if it is ours and for the same drafts: its steps and extends follow each other."""
-    backend, facts = getattr(model_runner, "attn_backend", None), facts_of(model_runner)
-    for own in (backend, getattr(backend, "decode_backend", None)):  # the second: beside another for prefill
+def _backend_of(factory: Any) -> FlashCoreSparseBackend:
+    """The draft model's own, if it is ours and for the same drafts; else one for both that the factory is asked for: a
+    draft model's steps and extends follow each other."""
+    facts = facts_of(factory.draft_model_runner)
+    backend = getattr(factory.draft_model_runner, "attn_backend", None)
+    made = getattr(factory, "flashcore_backend", None)
+    for own in (backend, getattr(backend, "decode_backend", None), made):  # the second: beside another for prefill
         if isinstance(own, FlashCoreSparseBackend) and own.facts == facts:
             return own
-    return FlashCoreSparseBackend(model_runner)
+    factory.flashcore_backend = FlashCoreSparseBackend(factory.draft_model_runner)
+    return factory.flashcore_backend

@@ -340,7 +340,10 @@ def test_steps_and_extends_share_a_backend(monkeypatch):
     runner.attn_backend = SimpleNamespace(decode_backend=runner.attn_backend)  # beside another one for prefill
     assert draft_backend.make_multi_step(factory_of(runner))._backend is runner.attn_backend.decode_backend
     runner.server_args.speculative_num_draft_tokens += 1  # of an engine that changes its mind
-    assert draft_backend.make_extend(factory_of(runner)) is not runner.attn_backend.decode_backend
+    factory = factory_of(runner)
+    extend = draft_backend.make_extend(factory)
+    assert extend is not runner.attn_backend.decode_backend
+    assert draft_backend.make_multi_step(factory)._backend is extend
 
 
 def test_more_branches_than_there_is_room_for_are_refused(monkeypatch):
