@@ -156,8 +156,9 @@ def load(server: Server, row: Row, tokens_per_second: float, seconds: float) -> 
     }
 
 
-def split_of(server: Server, row: Row) -> dict[str, float]:
-    """The row once more, with the profiler on while all of its requests decode; rates would suffer from it."""
+def split_of(server: Server, row: Row) -> dict[str, float] | None:
+    """The row once more, with the profiler on while all of its requests decode; rates would suffer from it. None if
+    they ended before it saw enough steps."""
     warm(server, row)
     bodies = [encode(p, min(row.output, SPLIT_TOKENS)) for p in row.prompts()]
     offset = server.log_size()
@@ -165,7 +166,11 @@ def split_of(server: Server, row: Row) -> dict[str, float]:
         answers = pool.submit(asyncio.run, send_all(server.url, bodies))
         while not answers.done() and not server.decode_rates(offset, row.batch):
             time.sleep(0.05)
-        shares = profile(server)
+        try:
+            shares = None if answers.done() else profile(server)
+        except TimeoutError as error:
+            print(f"{row.name}: {error}", file=sys.stderr)
+            shares = None
         _must_succeed(answers.result())
     return shares
 

@@ -7,6 +7,7 @@ import json
 import re
 import tempfile
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def profile(server: Server, timeout: float = 60.0) -> dict[str, float]:
             for path in Path(folder).glob("*.trace.json.gz"):
                 try:
                     return split(json.loads(gzip.decompress(path.read_bytes()))["traceEvents"])
-                except (EOFError, OSError, json.JSONDecodeError):  # still being written
+                except (EOFError, OSError, zlib.error, json.JSONDecodeError):  # still being written
                     continue
             time.sleep(0.2)
     raise TimeoutError(f"/start_profile: want a trace of {STEPS} steps, got none in {timeout:.0f} s")
