@@ -19,6 +19,26 @@ COMMON = {
     "tie_word_embeddings": True,
 }
 
+LLAMA4 = {  # attention in chunks, in three layers of four
+    "model_type": "llama4_text",
+    "hidden_size": 1024,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "attention_chunk_size": 128,
+    "layer_types": ["chunked_attention", "chunked_attention", "chunked_attention", "full_attention"],
+    "no_rope_layers": [1, 1, 1, 0],
+    "intermediate_size_mlp": 512,
+    "num_local_experts": 2,
+    "num_experts_per_tok": 1,
+    "interleave_moe_layer_step": 8,
+    "use_qk_norm": True,
+    "attn_temperature_tuning": False,
+    "rope_theta": 500000.0,
+    "rope_scaling": None,
+    "hidden_act": "silu",
+}
+
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": {
         "architectures": ["LlamaForCausalLM"],
@@ -85,26 +105,13 @@ SHAPES: dict[str, dict[str, Any]] = {
         "hidden_act": "silu",
         "rope_theta": 1000000.0,
     },
-    "llama4": {  # attention in chunks, in three layers of four
-        "architectures": ["Llama4ForCausalLM"],
-        "model_type": "llama4_text",
-        "hidden_size": 1024,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "head_dim": 128,
-        "attention_chunk_size": 128,
-        "layer_types": ["chunked_attention", "chunked_attention", "chunked_attention", "full_attention"],
-        "no_rope_layers": [1, 1, 1, 0],
-        "intermediate_size_mlp": 512,
-        "num_local_experts": 2,
-        "num_experts_per_tok": 1,
-        "interleave_moe_layer_step": 8,
-        "use_qk_norm": True,
-        "attn_temperature_tuning": False,
-        "rope_theta": 500000.0,
-        "rope_scaling": None,
-        "hidden_act": "silu",
+    "llama4": {  # as it is published, with the layers in chunks in a pool of their own
+        "architectures": ["Llama4ForConditionalGeneration"],
+        "model_type": "llama4",
+        "text_config": {**COMMON, **LLAMA4},
+        "vision_config": {},
     },
+    "llama4-text": {"architectures": ["Llama4ForCausalLM"], **LLAMA4},
 }
 
 

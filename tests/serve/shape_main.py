@@ -3,8 +3,8 @@
     python tests/serve/shape_main.py gpt-oss --page-size 16 --beside definition fa3
 
 Prints one line of JSON for each: the largest difference of logits of the prompts' last tokens and of each decode step,
-relative to the largest logit, and whether decode ran in a CUDA graph. "definition" computes every layer by
-``reference.extend`` in float64.
+relative to the largest logit, what planned our prompts, and whether decode ran in a CUDA graph. "definition" computes
+every layer by ``reference.extend`` in float64.
 """
 
 from __future__ import annotations
@@ -68,8 +68,11 @@ def randomise(model: torch.nn.Module) -> None:
             x.normal_(0.0, x.shape[-1] ** -0.5 if x.dim() > 1 else 0.5)
 
 
-def run(runner: Any) -> torch.Tensor:
-    """[1 + STEPS, requests, vocabulary] logits; every request goes on with the same tokens whatever they say."""
+def run(runner: Any) -> tuple[torch.Tensor, str]:
+    """[1 + STEPS, requests, vocabulary] logits, and the type of the prompts' plan.
+
+    Every request goes on with the same tokens whatever the logits say.
+    """
     from sglang.benchmark import one_batch
 
     inner = getattr(runner, "torch_runner", runner)
@@ -79,12 +82,12 @@ def run(runner: Any) -> torch.Tensor:
     prompt = torch.randint(3, 1000, (max(PROMPTS),), generator=generator).tolist()
     reqs = one_batch.prepare_synthetic_inputs_for_latency_test(len(PROMPTS), 0, [prompt[:n] for n in PROMPTS])
     _, logits, batch = one_batch.extend(reqs, inner)
-    out = [logits.float().cpu()]
+    out, plan = [logits.float().cpu()], type(inner.attn_backend.forward_metadata).__name__
     for step in range(STEPS):
         tokens = torch.full((len(PROMPTS),), 5 + step, device=logits.device)
         _, logits = one_batch.decode(tokens, batch, inner)
         out.append(logits.float().cpu())
-    return torch.stack(out)
+    return torch.stack(out), plan
 
 
 def use(inner: Any, backend: Any) -> None:
@@ -121,13 +124,13 @@ def main() -> None:
     inner = getattr(runner, "torch_runner", runner)
     randomise(inner.model)
     graph = getattr(inner, "decode_cuda_graph_runner", None) is not None
-    ours = run(runner)
+    ours, plan = run(runner)
     for name in args.beside:
         use(inner, make_backend(name, inner))
-        want = run(runner)
+        want, _ = run(runner)
         top = want.abs().max()
         errors = ((ours - want).abs().amax(dim=(1, 2)) / top).tolist()
-        line = {"shape": args.shape, "page_size": args.page_size, "beside": name, "graph": graph}
+        line = {"shape": args.shape, "page_size": args.page_size, "beside": name, "plan": plan, "graph": graph}
         print(json.dumps({**line, "pool": type(inner.token_to_kv_pool).__name__, "errors": errors}), flush=True)
 
 
