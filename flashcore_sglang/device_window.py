@@ -25,7 +25,7 @@ class DeviceWindow:
     Args:
         page_size:   tokens per page: a power of two up to 1024.
         reach:       of the layers; chunks are whole pages.
-        max_rows:    the largest batch, padding included: 1 to 1024.
+        max_rows:    the largest batch, padding included, as ``Reach.rows`` counts it: 1 to 1024.
         max_queries: new tokens of a request that steps have which are captured.
         max_tokens:  the longest request; longer ones are cut.
         num_pages:   pages of the pool that is read; ids outside are read as page 0.
@@ -85,7 +85,7 @@ class DeviceWindow:
 
     def make_mask(self, max_requests: int) -> None:
         """Room for the masks of trees of ``max_queries`` drafts, which then do not move."""
-        rows = self.rows_of(max_requests, max_requests * self._max_queries)
+        rows = self.reach.rows(max_requests, max_requests * self._max_queries)
         self._mask = self._mask.new_ones(rows * self._max_queries * self._width(self._max_queries) * self.page_size)
 
     @property
@@ -119,11 +119,6 @@ class DeviceWindow:
         """[num_rows] int32: new tokens of the last snapshot's rows."""
         return self._q_lens[: self.num_rows]
 
-    def rows_of(self, requests: int, num_tokens: int) -> int:
-        """The most rows that so many requests with so many new tokens take."""
-        chunk = self.reach.chunk
-        return requests if not chunk else max(1, min(num_tokens, 2 * requests + num_tokens // chunk))
-
     def snapshot(
         self,
         req_to_token: torch.Tensor,
@@ -149,7 +144,7 @@ class DeviceWindow:
         hold is never an error: ids outside their pool are read as page 0.
         """
         requests = req_pool_indices.numel()
-        self.num_rows = requests if q_lens is None else self.rows_of(requests, num_tokens)
+        self.num_rows = requests if q_lens is None else self.reach.rows(requests, num_tokens)
         if not 1 <= self.num_rows <= self.max_rows:
             raise ValueError(f"req_pool_indices: want 1 .. {self.max_rows} rows, got {self.num_rows}")
         max_queries = self._step_queries = max(1, max_queries)

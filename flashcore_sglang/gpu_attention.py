@@ -118,10 +118,10 @@ class GpuAttention:
 
     def serves(self, step: Step) -> bool:
         """Whether kernels take the step; else it is computed in PyTorch."""
-        rows = [step.num_rows]
-        if not step.is_decode:
-            rows += [x.rows_of(step.num_rows, step.num_tokens) for x in self._windows.values()]
-        return max(rows) <= self.max_rows and all(x.of(step) for x in self._kernels.values())
+        if step.num_rows > self.max_rows or not all(x.of(step) for x in self._kernels.values()):
+            return False
+        windows = () if step.is_decode else self._windows.values()
+        return all(x.reach.rows(step.num_rows, step.num_tokens) <= x.max_rows for x in windows)
 
     def violation(self) -> tuple[int, int, int, int] | None:
         """As ``DevicePager.violation``."""
@@ -267,10 +267,11 @@ class GpuAttention:
     def _window(self, reach: Reach, translated: bool) -> DeviceWindow:
         key = reach, translated
         if key not in self._windows:
+            new_tokens = max(self._max_requests * self._drafts, self._max_extend if self._facts.serves_prefill else 0)
             self._windows[key] = DeviceWindow(
                 self._facts.page_size,
                 reach=reach,
-                max_rows=self.max_rows,
+                max_rows=min(MAX_ROWS, max(self.max_rows, reach.rows(self._max_requests, new_tokens))),
                 max_queries=max(1, self._drafts),
                 max_tokens=self._max_tokens,
                 num_pages=self._window_pages if translated else self._num_pages,

@@ -49,5 +49,9 @@ class Reach:
         """The most positions that ``queries`` consecutive tokens of one chunk or window read."""
         return self.chunk or self.left + queries
 
+    def rows(self, requests: int, num_tokens: int) -> int:
+        """The most windows or chunks that so many requests with so many new tokens have queries in."""
+        return requests if not self.chunk else max(1, min(num_tokens, 2 * requests + num_tokens // self.chunk))
+
 
 EVERYTHING = Reach()

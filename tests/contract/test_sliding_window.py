@@ -17,6 +17,8 @@ from unit import fake_kernels
 
 from flashcore_sglang import reference
 from flashcore_sglang.backend import FlashCoreSparseBackend
+from flashcore_sglang.gpu_attention import GpuStep
+from flashcore_sglang.step import Step
 
 pytestmark = pytest.mark.contract
 
@@ -148,8 +150,20 @@ def test_full_and_windowed_layers_of_a_step(page_size, chunk, two_pools, q_lens,
     model.forget(max(q_lens or [1]))
     batch = model.batch(q_lens)
     model.backend.init_forward_metadata(batch)
+    assert isinstance(model.backend.forward_metadata, GpuStep) is kernels
     for layer in model.layers:
         model.check(layer, batch)
+
+
+def test_largest_batch_in_as_many_chunks_as_can_be_goes_to_the_kernels(monkeypatch):
+    model = Hybrid(1, two_pools=False, chunk=16)
+    fake_kernels.install(monkeypatch)
+    requests, chunked_prefill_size = model.runner.req_to_token_pool.size, 64
+    model.runner.server_args.chunked_prefill_size = chunked_prefill_size
+    gpu = model.backend._make_gpu(model.runner)
+    rows = torch.arange(requests)
+    assert gpu.serves(Step(rows, rows, rows, num_tokens=chunked_prefill_size, max_queries=chunked_prefill_size))
+    assert not gpu.serves(Step(rows, rows, rows, num_tokens=10 * chunked_prefill_size, max_queries=1))
 
 
 def test_what_pads_a_batch_is_written_to_the_padding_slot():

@@ -205,7 +205,7 @@ def random_case(seed: int, *, max_requests: int = 24, max_tokens: int = 400) -> 
         values = getattr(case, name)
         if values is not None and rng.random() < 0.5:
             setattr(case, name, values.int())
-    most = case.window().rows_of(requests, case.num_tokens)
+    most = reach.rows(requests, case.num_tokens)
     if most > 1024:
         return random_case(seed + 10**6, max_requests=max_requests, max_tokens=max_tokens)
     case.max_rows = max(requests, most) + rng.choice((0, 0, 5))
