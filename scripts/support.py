@@ -169,7 +169,6 @@ ROWS: list[tuple[str, list[str], list[str]]] = [
         "decode side of PD-disaggregation (on SGLang's stand-in for the transfer)",
         [
             "contract/test_radix_cache.py::test_decode_server_of_pd_disaggregation_serves_rows_beyond_its_batch",
-            "serve/test_features.py::test_decode_server_of_pd_disaggregation",
         ],
         ["serve/test_features.py::test_decode_server_of_pd_disaggregation"],
     ),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from importlib.metadata import version
 
 import needs
 import pytest
@@ -12,19 +11,13 @@ import torch
 from serve.programs import Programs
 from serve.ties import same_but_for_ties
 
-from flashcore_sglang.requirements import SGLANG_MIN
-
 needs.sglang()
 
 pytestmark = pytest.mark.serve
 CUDA = torch.cuda.is_available()
 BACKENDS = ("flashcore_sparse", "fa3" if CUDA else "torch_native")
-RUNS = {
-    "lora": True,
-    "pd": CUDA or version("sglang") == SGLANG_MIN,
-    "hicache": CUDA,
-}
-"""Which features SGLang has on this machine."""
+RUNS = {"lora": True, "pd": CUDA, "hicache": CUDA}
+"""Which features are run on this machine: on a CPU SGLang has no host cache, and tests/contract has PD's tables."""
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +47,8 @@ def test_adapter_changes_the_requests_that_ask_for_it(programs, feature):
     assert min(with_adapter) < 300, "with the adapter K and V are its own"
 
 
-@pytest.mark.skipif(not RUNS["pd"], reason="this SGLang's decode server has a host cache, on a GPU only")
+@pytest.mark.gpu
+@pytest.mark.skipif(not RUNS["pd"], reason="on a CPU its tables are tested by the contract tests")
 @pytest.mark.parametrize("feature", ["pd"])
 def test_decode_server_of_pd_disaggregation(programs, feature):
     _, log = compared(programs, feature)
