@@ -30,12 +30,6 @@ Workspace checked_workspace(const TensorView& workspace, const WorkspaceLayout& 
   return bind_workspace(w, workspace_memory(workspace, w.bytes, "extend_workspace_bytes"));
 }
 
-int log2_of(int64_t page_size) {
-  FC_CHECK(page_size >= 1 && page_size <= 1024 && (page_size & (page_size - 1)) == 0)
-      << "page_size: want a power of two up to 1024, got " << page_size;
-  return __builtin_ctzll(page_size);
-}
-
 int64_t extend_workspace_bytes(int64_t max_rows, int64_t max_tokens, int64_t heads, int64_t kv_heads, int64_t head_dim,
                                int64_t partial_capacity, int64_t e4m3) {
   return static_cast<int64_t>(
@@ -68,7 +62,7 @@ void extend_schedule(TensorView sizes, TensorView row_order, TensorView segment_
   FC_CHECK(visible >= 0 && visible <= 2) << "visible: want 0 (causal), 1 (all) or 2 (masked), got " << visible;
   FC_CHECK(window_left < 0 || visible != 1)
       << "window_left: want causal attention or a mask with a window, got visible " << visible;
-  log2_of(page_size);
+  page_shift_of(page_size);
   ScheduleParams p{};
   p.work = checked_workspace(workspace, w);
   p.layout.sizes = int_array("sizes", sizes, workspace, 4);
@@ -116,6 +110,13 @@ void launch_dim(const Params& p, int64_t head_dim, int ctas, cudaStream_t stream
   if (head_dim == 256) launch<Cache, 256>(p, ctas, stream);
 }
 
+// `type`: of what is read.
+void launch_type(const Params& p, DType type, int64_t head_dim, int ctas, cudaStream_t stream) {
+  if (type == DType::kBf16) launch_dim<__nv_bfloat16>(p, head_dim, ctas, stream);
+  if (type == DType::kFp16) launch_dim<__half>(p, head_dim, ctas, stream);
+  if (type == DType::kE4m3) launch_dim<E4m3>(p, head_dim, ctas, stream);
+}
+
 // The launch that reads an e4m3 cache as it was converted: consecutive slots of [G, D] in q's dtype.
 Params of_converted(Params p, int64_t head_dim) {
   const int64_t slot = int64_t{p.kv_heads} * head_dim;
@@ -156,7 +157,7 @@ void extend(TensorView q, TensorView k_cache, TensorView v_cache, TensorView tab
     p.custom_mask = static_cast<const uint8_t*>(m.data_ptr());
     p.mask_size = m.numel();
   }
-  p.page_shift = log2_of(page_size);
+  p.page_shift = page_shift_of(page_size);
   p.table_entries = table.numel();
   p.windowed = windowed != 0;
   const cudaStream_t stream = current_stream(workspace);
@@ -176,27 +177,12 @@ void extend(TensorView q, TensorView k_cache, TensorView v_cache, TensorView tab
     p.gather_slots = g.size(1);
     launch_gather(p, head_dim * bytes_of(cached) / 16, cached == DType::kE4m3, ctas, stream);
   }
-  switch (cached) {
-    case DType::kBf16:
-      launch_dim<__nv_bfloat16>(p, head_dim, ctas, stream);
-      break;
-    case DType::kFp16:
-      launch_dim<__half>(p, head_dim, ctas, stream);
-      break;
-    case DType::kE4m3:
-      // Both are launched, as only the device knows which one serves; the other one ends at once.
-      if (p.gathered != nullptr) {
-        const Params c = of_converted(p, head_dim);
-        if (p.cache.bf16) {
-          launch_dim<__nv_bfloat16>(c, head_dim, ctas, stream);
-        } else {
-          launch_dim<__half>(c, head_dim, ctas, stream);
-        }
-        p.gathered = nullptr;
-      }
-      launch_dim<E4m3>(p, head_dim, ctas, stream);
-      break;
+  if (cached == DType::kE4m3 && p.gathered != nullptr) {
+    // Both are launched, as only the device knows which one serves; the other one ends at once.
+    launch_type(of_converted(p, head_dim), half_type("q", q), head_dim, ctas, stream);
+    p.gathered = nullptr;
   }
+  launch_type(p, cached, head_dim, ctas, stream);
 }
 
 }  // namespace

@@ -33,17 +33,13 @@ struct DevicePager {
   // What the constructor of flashcore_sglang/device_pager.py passes; sizes that are not served are refused.
   explicit DevicePager(const Options& options) {
     const auto get = [&](const char* name, int64_t least, int64_t most) {
-      const int64_t value = options[name];
-      FC_CHECK(value >= least && value <= most) << name << ": want " << least << " .. " << most << ", got " << value;
-      return value;
+      return checked_size(name, options[name], least, most);
     };
     constexpr int64_t kIntMax = 0x7FFFFFFF, kCostLimit = 1 << 30;
     DevicePagerParams& p = params;
     p.max_rows = get("max_rows", 1, kPagerRows);
     row_pages = get("row_pages", 1, kMaxRowPages);
-    const int64_t page_size = get("page_size", 1, 1024);
-    FC_CHECK((page_size & (page_size - 1)) == 0) << "page_size: want a power of two up to 1024, got " << page_size;
-    while ((int64_t{1} << p.page_shift) < page_size) ++p.page_shift;
+    p.page_shift = page_shift_of(get("page_size", 1, 1024));
     p.table_stride = (row_pages + kTableAlign - 1) / kTableAlign * kTableAlign;
     p.num_pages = get("num_pages", 1, kIntMax);
     p.max_entries = get("max_entries", p.max_rows, kIntMax);

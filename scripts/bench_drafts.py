@@ -25,9 +25,8 @@ from timing import RESULTS, ROOT, Flusher, captured, machine, microseconds
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import peers  # noqa: E402
+from gpu.draft_cases import draft_attention  # noqa: E402
 
-from flashcore_sglang.gpu_attention import GpuAttention  # noqa: E402
-from flashcore_sglang.requirements import LayerFacts, ServingFacts  # noqa: E402
 from flashcore_sglang.step import Drafts  # noqa: E402
 
 HEADS, KV_HEADS, DIM, STEPS = 32, 8, 128, 4
@@ -48,28 +47,10 @@ def measure(case: tuple[int, int, int, int, int], args: argparse.Namespace) -> d
     tokens = shared + own
     width = tokens + branches * 2 * max(page_size, STEPS)
     table = tables(requests, shared, width, page_size)
-    facts = ServingFacts(
-        "0.5.16",
-        device="cuda",
-        page_size=page_size,
-        model_dtype="bfloat16",
-        kv_cache_dtype="bfloat16",
-        draft_branches=branches,
-        draft_steps=STEPS,
-        serves_prefill=False,
-        layers=(LayerFacts(0, HEADS, KV_HEADS, DIM, DIM),),
-    )
-    attention = GpuAttention(
-        facts,
-        num_pages=table.shape[0] * width // page_size,
-        window_pages=1,
-        max_batch=table.shape[0],
-        max_context=width,
-        max_extend=1,
-        sharing=True,
-        device="cuda",
-        branches=branches,
-    )
+    attention = draft_attention(
+        (HEADS, KV_HEADS, DIM), layers=1, branches=branches, steps=STEPS, page_size=page_size,
+        num_pages=table.shape[0] * width // page_size, max_batch=table.shape[0], max_context=width,
+    )  # fmt: skip
     shape = (table.shape[0] * width, KV_HEADS, DIM)
     k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     q = torch.randn(requests * branches, HEADS, DIM, device="cuda", dtype=torch.bfloat16)

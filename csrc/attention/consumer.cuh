@@ -116,7 +116,8 @@ __device__ __forceinline__ void attend(const DecodeParams& p, SharedStorage<C>& 
                                        TileRing<C>& ring) {
   constexpr int kTile = C::kTile;
   // K is released behind the exponentials if their sums, which are never negative, allow: else the compiler moves them
-  // behind the wait for P V, where nothing runs beside them. d 256 has no register for that.
+  // behind the wait for P V, where nothing runs beside them. d 256 has no register for that, and a converter waits for
+  // the buffer.
   constexpr bool kLateRelease = C::kQInRegisters && !C::kConverts;
   const uint32_t q_smem = ptx::smem_address(s.q[warpgroup_id()]);
   uint32_t q[C::kQInRegisters ? C::kHeadDim / 16 : 1][4];

@@ -69,8 +69,7 @@ struct Header {
   int taken, finished;  // counters of the kernel, 0 between launches
   int overflow;         // 1: there was no room for all items; wrong tables or capacities
   int gathers, gathered_slots;
-  int converted;  // 1: the segments of an e4m3 cache are all gathered, for the kernel of q's dtype; 0: for the other
-                  // one
+  int converted;  // 1: all of an e4m3 cache is gathered, for the kernel of q's dtype; 0: the cache's own kernel serves
   int pad[9];
 };
 

@@ -17,6 +17,17 @@ inline std::string shape_text(const TensorView& t) {
   return s + "]";
 }
 
+inline int64_t checked_size(const char* name, int64_t value, int64_t least, int64_t most) {
+  FC_CHECK(value >= least && value <= most) << name << ": want " << least << " .. " << most << ", got " << value;
+  return value;
+}
+
+inline int page_shift_of(int64_t page_size) {
+  FC_CHECK(page_size >= 1 && page_size <= 1024 && (page_size & (page_size - 1)) == 0)
+      << "page_size: want a power of two up to 1024, got " << page_size;
+  return __builtin_ctzll(page_size);
+}
+
 inline IntegerArray integer_array(const char* name, const TensorView& t) {
   FC_CHECK(t.ndim() == 1 && t.dtype().code == kDLInt && (t.dtype().bits == 32 || t.dtype().bits == 64) &&
            t.IsContiguous())

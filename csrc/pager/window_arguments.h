@@ -13,21 +13,15 @@ namespace flashcore {
 
 using WindowOptions = tvm::ffi::Map<tvm::ffi::String, int64_t>;
 
-inline int checked_size(const char* name, int64_t value, int64_t least, int64_t most) {
-  FC_CHECK(value >= least && value <= most) << name << ": want " << least << " .. " << most << ", got " << value;
-  return static_cast<int>(value);
-}
-
 inline WindowParams window_params(const WindowOptions& options) {
   const auto get = [&](const char* name, int64_t least, int64_t most) {
-    return checked_size(name, options[name], least, most);
+    return static_cast<int>(checked_size(name, options[name], least, most));
   };
   constexpr int64_t kLimit = 1 << 30;
   WindowParams p{};
   p.max_rows = get("max_rows", 1, kWindowRows);
   const int page_size = get("page_size", 1, 1024);
-  FC_CHECK((page_size & (page_size - 1)) == 0) << "page_size: want a power of two up to 1024, got " << page_size;
-  while (1 << p.page_shift < page_size) ++p.page_shift;
+  p.page_shift = page_shift_of(page_size);
   p.num_pages = get("num_pages", 1, 0x7FFFFFFF);
   p.left = get("left", -1, kLimit);
   p.chunk = get("chunk", 0, kLimit);
@@ -142,7 +136,7 @@ inline tvm::ffi::Array<tvm::ffi::Function> make_window_functions(const WindowOpt
   const auto cut_mask = [=](TensorView fields, TensorView mask, TensorView cut, int64_t rows) {
     run.cut_mask(window_fields(p, fields),
                  {mask_bytes("custom_mask", mask, fields), mask.numel(), mask_bytes("cut", cut, fields), cut.numel(),
-                  checked_size("rows", rows, 1, p.max_rows)},
+                  static_cast<int>(checked_size("rows", rows, 1, p.max_rows))},
                  fields);
   };
   return {Function::FromTyped(snapshot), Function::FromTyped(cut_mask)};

@@ -8,9 +8,9 @@ import torch
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("no Hopper GPU", allow_module_level=True)
 
+from gpu.draft_cases import draft_attention
+
 from flashcore_sglang import reference
-from flashcore_sglang.gpu_attention import GpuAttention
-from flashcore_sglang.requirements import LayerFacts, ServingFacts
 from flashcore_sglang.step import Drafts
 
 pytestmark = pytest.mark.gpu
@@ -26,28 +26,10 @@ class Drafting:
         self.branches, self.page_size = branches, page_size
         self.rows = REQUESTS * branches
         num_pages = (REQUESTS + 1) * CONTEXT // page_size
-        facts = ServingFacts(
-            "0.5.16",
-            device="cuda",
-            page_size=page_size,
-            model_dtype="bfloat16",
-            kv_cache_dtype="bfloat16",
-            draft_branches=branches,
-            draft_steps=STEPS,
-            serves_prefill=False,
-            layers=tuple(LayerFacts(i, HEADS, KV_HEADS, DIM, DIM) for i in range(2)),
-        )
-        self.attention = GpuAttention(
-            facts,
-            num_pages=num_pages,
-            window_pages=1,
-            max_batch=REQUESTS,
-            max_context=CONTEXT,
-            max_extend=1,
-            sharing=True,
-            device="cuda",
-            branches=branches,
-        )
+        self.attention = draft_attention(
+            (HEADS, KV_HEADS, DIM), layers=2, branches=branches, steps=STEPS, page_size=page_size,
+            num_pages=num_pages, max_batch=REQUESTS, max_context=CONTEXT,
+        )  # fmt: skip
         slots = num_pages * page_size
         self.k, self.v = (torch.empty(slots, KV_HEADS, DIM, dtype=torch.bfloat16, device="cuda") for _ in range(2))
         self.table = torch.zeros(REQUESTS + 1, CONTEXT, dtype=torch.int32, device="cuda")

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from spec_main import make_model
+from spec_main import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, LAYERS, TOKENS, make_model
 from ties import ASK, best_two
 
-LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, RANK = 2, 512, 8, 2, 128, 8
+RANK = 8
 ROWS_OF = {"q_proj": HEADS, "k_proj": KV_HEADS, "v_proj": KV_HEADS}
 """Heads of the projections that the adapter changes."""
-SHARED, OWN, REQUESTS, TOKENS = 300, 20, 4, 24
+SHARED, OWN, REQUESTS = 300, 20, 4
 POOL = {"hicache": 1024}
 """Slots; two groups of requests fit in hicache's at a time."""
 FAKE_PREFILL_SERVER = "2.2.2.2"

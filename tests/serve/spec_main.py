@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from typing import Any
 
 from ties import ASK, best_two
 
@@ -30,6 +31,7 @@ VARIANTS = {
     "ngram": {"speculative_algorithm": "NGRAM", "speculative_num_draft_tokens": 8},
 }
 TOKENS = 24
+LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 2, 512, 8, 2, 128
 
 
 def make_model(folder: str) -> str:
@@ -39,12 +41,12 @@ def make_model(folder: str) -> str:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=512,
+        hidden_size=HIDDEN,
         intermediate_size=1024,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=128,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
         vocab_size=1024,
         max_position_embeddings=16384,  # FA3 reads out of bounds where SGLang captures prompts longer than this
         initializer_range=0.1,
@@ -52,6 +54,17 @@ def make_model(folder: str) -> str:
     )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     return folder
+
+
+def answers_of(engine: Any, requests: int, **asked: Any) -> list[dict[str, Any]]:
+    """To prompts on a common prefix, which one request has put into the radix cache before."""
+    import torch
+
+    tokens = torch.randint(3, 1000, (300 + 20 * requests,), generator=torch.Generator().manual_seed(3)).tolist()
+    prompts = [tokens[:300] + tokens[300 + 20 * i : 320 + 20 * i] for i in range(requests)]
+    sampling = {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True}
+    engine.generate(input_ids=prompts[:1], sampling_params=sampling)
+    return engine.generate(input_ids=prompts, sampling_params=sampling, **asked)
 
 
 def main() -> None:
@@ -75,13 +88,8 @@ def main() -> None:
         log_level="info",
         **variant,
     )
-    generator = torch.Generator().manual_seed(3)
-    tokens = torch.randint(3, 1000, (380,), generator=generator).tolist()
-    prompts = [tokens[:300] + tokens[300 + 20 * i : 320 + 20 * i] for i in range(4)]
-    sampling = {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True}
-    engine.generate(input_ids=prompts[:1], sampling_params=sampling)  # its prompt is then in the radix cache
     drafts = "speculative_algorithm" in variant
-    answers = engine.generate(input_ids=prompts, sampling_params=sampling, **({} if drafts else ASK))
+    answers = answers_of(engine, 4, **({} if drafts else ASK))
     steps = [a["meta_info"].get("spec_verify_ct", TOKENS) for a in answers]
     best = [] if drafts else [best_two(a) for a in answers]
     print(

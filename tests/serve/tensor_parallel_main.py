@@ -11,13 +11,12 @@ import json
 import sys
 import tempfile
 
-from spec_main import TOKENS, make_model
+from spec_main import answers_of, make_model
 from ties import ASK, best_two
 
 
 def main() -> None:
     import sglang
-    import torch
 
     backend, gpus = sys.argv[1], int(sys.argv[2])
     engine = sglang.Engine(
@@ -31,11 +30,7 @@ def main() -> None:
         mem_fraction_static=0.3,
         random_seed=1,
     )
-    tokens = torch.randint(3, 1000, (460,), generator=torch.Generator().manual_seed(3)).tolist()
-    prompts = [tokens[:300] + tokens[300 + 20 * i : 320 + 20 * i] for i in range(8)]
-    sampling = {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True}
-    engine.generate(input_ids=prompts[:1], sampling_params=sampling)  # its prompt is then in the radix cache
-    answers = engine.generate(input_ids=prompts, sampling_params=sampling, **ASK)
+    answers = answers_of(engine, 8, **ASK)
     print("ANSWERS " + json.dumps([[a["output_ids"], best_two(a)] for a in answers]), flush=True)
     engine.shutdown()
 
