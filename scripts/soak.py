@@ -126,8 +126,10 @@ def _host_mib(group: int) -> float:
 
 
 def _gpu_mib() -> float:
-    """Memory used on all GPUs; 0 without one."""
+    """Memory used on the GPUs that the server sees; 0 without one."""
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        command += ["-i", visible]
     try:
         return sum(float(line) for line in subprocess.check_output(command, text=True, timeout=30).split())
     except (OSError, subprocess.SubprocessError, ValueError):
