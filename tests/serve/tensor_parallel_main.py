@@ -29,6 +29,7 @@ def main() -> None:
         cuda_graph_max_bs_decode=8,
         mem_fraction_static=0.3,
         random_seed=1,
+        log_level="info",
     )
     answers = answers_of(engine, 8, **ASK)
     print("ANSWERS " + json.dumps([[a["output_ids"], best_two(a)] for a in answers]), flush=True)

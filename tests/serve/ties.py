@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-TIE = 0.1
-"""Of logits up to 8, which bfloat16 keeps in steps of 0.03."""
+TIE = 0.2
+"""Of logits up to 8, which bfloat16 keeps in steps of 0.03, behind layers and all-reduces that round as coarsely."""
 ASK = {"return_logprob": True, "top_logprobs_num": 2}
 """What an engine is asked for beside its tokens, for ``best_two``."""
 
@@ -17,10 +17,11 @@ def best_two(answer: dict[str, Any]) -> list[list[tuple[float, int]]]:
 
 def same_but_for_ties(tokens: list[int], other: list[int], best: list[list[tuple[float, int]]]) -> bool:
     """Whether ``tokens`` are ``other``'s, or first differ where ``other`` had to choose between two that it held for
-    equally good. ``best``: its ``best_two``; empty: there may be no tie. What follows a tie answers another text."""
+    equally good: it may have taken either. ``best``: its ``best_two``; empty: there may be no tie. What follows a tie
+    answers another text."""
     if not best:
         return tokens == other
-    for mine, theirs, ((first, _), (second, runner_up)) in zip(tokens, other, best, strict=True):
+    for mine, theirs, ((first, winner), (second, runner_up)) in zip(tokens, other, best, strict=True):
         if mine != theirs:
-            return mine == runner_up and first - second < TIE
+            return {mine, theirs} == {winner, runner_up} and first - second < TIE
     return True
