@@ -84,6 +84,7 @@ SMALL = ["--cuda-graph-bs-decode", "1", "32", "64", "256", "512"]
 SMALL += ["--cuda-graph-backend-prefill", "disabled", "--mem-fraction-static", "0.8", "--max-running-requests", "512"]
 Results = dict[str, Any]
 SPLIT_TOKENS = 96
+WARM_ARRIVALS = 8
 LOAD_SHARE = 0.7
 """Of FA3's steady throughput, the rate at which requests arrive."""
 
@@ -145,9 +146,14 @@ def load(server: Server, row: Row, tokens_per_second: float, seconds: float) -> 
     per_second = tokens_per_second / row.output
     bodies = [encode(p, row.output, stream=True) for p in row.prompts()]
     count = max(8, int(per_second * seconds))
-    answers = _must_succeed(
-        asyncio.run(_arrive(server.url, [bodies[i % len(bodies)] for i in range(count)], per_second))
-    )
+
+    def arrive(requests: int) -> list[Answer]:
+        return _must_succeed(
+            asyncio.run(_arrive(server.url, [bodies[i % len(bodies)] for i in range(requests)], per_second))
+        )
+
+    arrive(WARM_ARRIVALS)  # batches of sizes that the server has not seen
+    answers = arrive(count)
     return {
         "requests": count,
         "tokens_per_second": tokens_per_second,
