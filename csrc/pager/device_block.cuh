@@ -44,6 +44,16 @@ __device__ __forceinline__ int warp_scan(int value) {  // inclusive
   return value;
 }
 
+__device__ __forceinline__ int2 warp_scan(int2 value) {
+  const int lane = threadIdx.x & 31;
+#pragma unroll 1  // code that comes cold from memory takes longer than the steps
+  for (int d = 1; d < 32; d *= 2) {
+    const int x = __shfl_up_sync(kAllLanes, value.x, d), y = __shfl_up_sync(kAllLanes, value.y, d);
+    if (lane >= d) value.x += x, value.y += y;
+  }
+  return value;
+}
+
 // Sum of `value` over the threads before this one, and over the first `threads` of the CTA, which all call it, in
 // *total. One barrier: two scans in a row want two scratch arrays, of [32].
 __device__ __forceinline__ int block_scan(int value, int threads, int* scratch, int* total) {
@@ -56,6 +66,20 @@ __device__ __forceinline__ int block_scan(int value, int threads, int* scratch, 
   const int before = __shfl_sync(kAllLanes, sums, (warp + 31) & 31);
   *total = __shfl_sync(kAllLanes, sums, 31);
   return (warp > 0 ? before : 0) + sum - value;
+}
+
+// Two sums at once. `scratch`: [32].
+__device__ __forceinline__ int2 block_scan(int2 value, int threads, int2* scratch, int2* total) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5,
+            warps = (threads == kWholeCta ? blockDim.x : threads) >> 5;
+  const int2 sum = warp_scan(value);
+  if (lane == 31) scratch[warp] = sum;
+  sync_first(threads);
+  const int2 sums = warp_scan(lane < warps ? scratch[lane] : make_int2(0, 0));
+  const int source = (warp + 31) & 31;
+  const int x = __shfl_sync(kAllLanes, sums.x, source), y = __shfl_sync(kAllLanes, sums.y, source);
+  *total = make_int2(__shfl_sync(kAllLanes, sums.x, 31), __shfl_sync(kAllLanes, sums.y, 31));
+  return make_int2((warp > 0 ? x : 0) + sum.x - value.x, (warp > 0 ? y : 0) + sum.y - value.y);
 }
 
 // The i in [0, n) with begins[i] <= x < begins[i + 1]; begins ascends and ends above x.
@@ -90,7 +114,8 @@ class GridBarrier {
 
   __device__ __forceinline__ void arrive() {
     __syncthreads();
-    if (threadIdx.x == 0) add_release(word_, blockIdx.x == 0 ? kTop - (gridDim.x - 1) : 1u);
+    // Not the first warp: a release waits for what the CTA has written, and the first warps have more to do.
+    if (threadIdx.x == blockDim.x - 1) add_release(word_, blockIdx.x == 0 ? kTop - (gridDim.x - 1) : 1u);
     phase_ ^= kTop;
   }
   // For the CTA's first `threads` threads, which all call it.

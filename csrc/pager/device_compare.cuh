@@ -5,6 +5,7 @@
 namespace flashcore::pager {
 
 constexpr int kClassSlots = 4 * kPagerRows;  // sparse: a row's search is short
+constexpr int kRankedAtOnce = 8;
 
 struct OrderShared {
   int blocks[kPagerRows], end[kPagerRows];  // 0: the row may not share
@@ -14,10 +15,16 @@ struct OrderShared {
   int lcp[kPagerRows], id[kPagerRows], less[kPagerRows];
   int node[kPagerRows];  // see tree_node
   int tile_begin[kPagerRows + 1];
-  int slot_row[kClassSlots];                 // hash table of (parent, lcp, id): a row that has it; -1: free
-  unsigned slot_best[kClassSlots];           // the row that the others join, below random bits
-  int slot_shared[kClassSlots];              // 1: by more than one row
+  union {
+    struct {                            // while rows are compared
+      int slot_row[kClassSlots];        // hash table of (parent, lcp, id): a row that has it; -1: free
+      unsigned slot_best[kClassSlots];  // the row that the others join, below random bits
+      int slot_shared[kClassSlots];     // 1: by more than one row
+    };
+    unsigned pair[kRankedAtOnce][kPagerRows];  // then, of this CTA's rows and all others: see rank_rows
+  };
   int rank[kPagerRows], common[kPagerRows];  // of the rows that are this CTA's
+  unsigned around[kPagerRows];               // rows that have as much in common, see rank_rows
   int samples[kPagerRows];                   // [rows, kSamples] of some of the rows that are this CTA's
   unsigned nearest[kPagerRows / kSamples];   // for each of them, how near the nearest row before it is, and which
   int scratch[32], first_sharer[32], sharers[32], longest[32];  // of each warp

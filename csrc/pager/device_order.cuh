@@ -191,28 +191,76 @@ __device__ __forceinline__ int tree_node(const OrderShared& s) {
   return ancestors * kPagerRows + max(parent, 0);
 }
 
-// Rank and common prefix of this CTA's rows.
+// Rank of this CTA's rows, what each has in common with the row before it, and the extent of the group of rows that
+// agree so far: intervals of the order.
+//
+// s.pair[j][other]: common << 1 | other is before, of the j-th row at a time. A thread takes one of the others for
+// every `groups`th row, so that small batches have more than one row at a time.
 __device__ __forceinline__ void rank_rows(const DevicePagerParams& p, OrderShared& s, int rows, const int* root) {
-  const int other = threadIdx.x;
-  if ((other & ~31) >= rows) return;
-  for (int row = blockIdx.x; row < rows; row += gridDim.x) {
-    if (s.blocks[row] == 0) continue;
-    PairResult r{false, 0};
-    if (other != row && s.blocks[other] > 0) r = compare_pair(s, row, other, root, p.page_shift);
-    const int count = __popc(__ballot_sync(kAllLanes, r.before));
-    const unsigned common = __reduce_max_sync(kAllLanes, static_cast<unsigned>(r.before ? r.common : 0));
-    if ((other & 31) == 0 && count > 0) {
-      atomicAdd(&s.rank[row], count);
-      atomicMax(&s.common[row], static_cast<int>(common));
+  const int width = (rows + 31) & ~31, groups = kPagerRows / width, step = gridDim.x;
+  const int group = threadIdx.x / width, other = threadIdx.x - group * width;
+  const bool leads = (threadIdx.x & 31) == 0;
+#pragma unroll 1
+  for (int first = blockIdx.x; first < rows; first += kRankedAtOnce * step) {
+    const int num_rows = group < groups ? min(kRankedAtOnce, (rows - first + step - 1) / step) : 0;
+#pragma unroll 1
+    for (int j = group; j < num_rows; j += groups) {
+      const int row = first + j * step;
+      PairResult r{false, 0};
+      if (s.blocks[row] > 0 && other < rows && other != row && s.blocks[other] > 0) {
+        r = compare_pair(s, row, other, root, p.page_shift);
+      }
+      s.pair[j][other] = static_cast<unsigned>(r.common) << 1 | r.before;
+      const int count = __popc(__ballot_sync(kAllLanes, r.before));
+      const unsigned common = __reduce_max_sync(kAllLanes, static_cast<unsigned>(r.before ? r.common : 0));
+      if (leads && count > 0) {
+        atomicAdd(&s.rank[row], count);
+        atomicMax(&s.common[row], static_cast<int>(common));
+      }
     }
+    __syncthreads();
+#pragma unroll 1
+    for (int j = group; j < num_rows; j += groups) {
+      const int row = first + j * step;
+      const unsigned depth = s.common[row], pair = s.pair[j][other], common = pair >> 1;
+      if (depth == 0) continue;
+      const bool before = pair & 1;
+      const unsigned above = __ballot_sync(kAllLanes, before && common >= depth);
+      const unsigned below = __ballot_sync(kAllLanes, !before && common >= depth);
+      const unsigned deeper = __ballot_sync(kAllLanes, !before && common > depth);
+      if (leads && (above | below)) {
+        atomicAdd(&s.around[row], __popc(above) | __popc(below) << 11 | __popc(deeper) << 22);
+      }
+    }
+    __syncthreads();
   }
+}
+
+// What the forest is told of a row that may share, at its place in the order.
+struct SortedRow {
+  int row;
+  int lcp;         // tokens in common with the row before
+  int begin, end;  // places of the rows that have as much in common with this one; if lcp > 0
+  bool last;       // no row after it leaves these rows where it does
+};
+
+__device__ __forceinline__ void store_sorted(const DevicePagerParams& p, const OrderShared& s, int row) {
+  const int rank = s.rank[row];
+  const unsigned around = s.around[row], above = around & 2047, below = around >> 11 & 2047, deeper = around >> 22;
+  reinterpret_cast<int4*>(p.sorted)[rank] =
+      make_int4(row << 1 | (below == deeper), s.common[row], rank - above, rank + 1 + below);
+}
+
+__device__ __forceinline__ SortedRow load_sorted(const DevicePagerParams& p, int rank) {
+  const int4 x = __ldcg(reinterpret_cast<const int4*>(p.sorted) + rank);
+  return {x.x >> 1, x.y, x.z, x.w, (x.x & 1) != 0};
 }
 
 struct RowState {
   int end, share;  // as p.row_end and p.row_share
 };
 
-// Writes sorted_rows and sorted_lcp; complete for all after the barrier's next phase. `mine`: of this thread's row.
+// Writes `sorted`, complete for all after the barrier's next phase. `mine`: of this thread's row.
 // `root`: of each row, in shared memory; nullptr: all rows begin at 0.
 __device__ __forceinline__ Sharers order_rows(const DevicePagerParams& p, OrderShared& s, int rows,
                                               const RowState& mine, const int* root, GridBarrier& barrier) {
@@ -221,6 +269,7 @@ __device__ __forceinline__ Sharers order_rows(const DevicePagerParams& p, OrderS
   s.end[row] = share ? mine.end : 0;
   s.blocks[row] = (s.end[row] + mask) >> p.page_shift;
   s.rank[row] = s.common[row] = 0;
+  s.around[row] = 0;
   s.parent[row] = s.leader[row] = -1;
   s.from[row] = s.to[row] = s.node[row] = 0;
   const int shift = root ? 0 : p.state->sample_shift;
@@ -259,11 +308,7 @@ __device__ __forceinline__ Sharers order_rows(const DevicePagerParams& p, OrderS
   }
   sharers.deep = s.deep;
   rank_rows(p, s, rows, root);
-  __syncthreads();
-  if (share && row % gridDim.x == blockIdx.x) {
-    p.sorted_rows[s.rank[row]] = row;
-    p.sorted_lcp[s.rank[row]] = s.common[row];
-  }
+  if (share && row % gridDim.x == blockIdx.x) store_sorted(p, s, row);
   return sharers;
 }
 

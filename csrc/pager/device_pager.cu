@@ -42,8 +42,8 @@ __global__ void __launch_bounds__(kPagerRows, 1) build_kernel(const __grid_const
     // back.
     const int threads = p.emit ? kPagerRows : (rows + 31) & ~31;
     if (threadIdx.x < threads) {
-      append ? append_rows(p, s, rows, threads)
-             : build_forest<kRanged>(p, s, rows, threads, violation, sharers, barrier);
+      append ? append_rows(p, s, rows, threads, row_state)
+             : build_forest<kRanged>(p, s, rows, threads, violation, row_state, sharers, barrier);
     }
   } else if (p.emit && !append) {
     barrier.wait();

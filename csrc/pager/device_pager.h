@@ -125,8 +125,7 @@ struct DevicePagerParams {
   int* forest_share;
   int* own_segment;              // [max_rows] by row: the segment that is its alone; -1: none
   unsigned long long* mismatch;  // [3, max_rows] scratch of the rounds; all ones before the first launch
-  int* sorted_rows;              // [max_rows] rows that may share, in order
-  int* sorted_lcp;               // [max_rows] tokens in common with the row before
+  int* sorted;  // [max_rows, 4] scratch: SortedRow of device_order.cuh, of rows that may share, in order
 
   // The layout, as flashcore_sglang/layout.py documents it. sizes[5]: 1 if appended; sizes[2] is 0 without emit.
   int* sizes;              // [8]
@@ -179,8 +178,7 @@ int64_t lay_out_arrays(DevicePagerParams& p, int* base, int64_t row_pages, int c
   take(p.forest_share, "forest_share", rows);
   take(p.own_segment, "own_segment", rows);
   take(p.mismatch, "mismatch", 6 * rows);
-  take(p.sorted_rows, "sorted_rows", rows);
-  take(p.sorted_lcp, "sorted_lcp", rows);
+  take(p.sorted, "sorted", 4 * rows);
   take(p.row_order, "row_order", rows);
   take(p.segment_rows, "segment_rows", 2 * segments);
   take(p.segment_positions, "segment_positions", 2 * segments);
