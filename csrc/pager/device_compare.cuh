@@ -39,6 +39,16 @@ __device__ __forceinline__ int component(const int4& v, int k) {
   return k == 0 ? v.x : k == 1 ? v.y : k == 2 ? v.z : v.w;
 }
 
+// Row x reads less than row y, of the same pages, or as much and has the smaller index.
+__device__ __forceinline__ bool is_shorter(const OrderShared& s, int x, int y) {
+  return s.end[x] != s.end[y] ? s.end[x] < s.end[y] : x < y;
+}
+
+struct PairResult {  // of row x and row y
+  bool before;       // y is before x
+  int common;        // tokens that both read from the same slots
+};
+
 // The first difference of two rows in a tile, which begins at `begin` and ends at `to` or earlier; the same in all
 // lanes. Whether there is one.
 __device__ __forceinline__ bool compare_tile(const int* row, const int* leader, int begin, int to, Mismatch* mismatch) {

@@ -278,8 +278,8 @@ __device__ __forceinline__ void finish_build(const DevicePagerParams& p, int row
 
 template <bool kRanged>
 __device__ __forceinline__ void build_forest(const DevicePagerParams& p, ForestShared& s, int rows, int threads,
-                                             unsigned long long violation, const RowState& mine, const Sharers& sharers,
-                                             const GridBarrier& barrier) {
+                                             const RowState& mine, const Sharers& sharers, const GridBarrier& barrier) {
+  const unsigned long long violation = p.state->violation;
   const Placement placed = place_rows<kRanged>(p, s, rows, threads, mine, sharers, barrier);
   if (placed.any_sharing) {
     build_tree(s, threads, placed.stands);

@@ -14,8 +14,11 @@
 // row leave its parent too early, the proposals were wrong: all rows are compared with the first one. A round then
 // splits classes of rows that agree so far, as quicksort splits strings.
 // Every CTA keeps the tree of all rows for itself (one thread each); CTAs divide the comparisons, then the ranks.
+//
+// Small batches of short rows go without a tree: every row is compared with every other one (device_pairs.cuh).
 #pragma once
 #include "pager/device_compare.cuh"
+#include "pager/device_pairs.cuh"
 #include "pager/device_proposals.cuh"
 
 namespace flashcore::pager {
@@ -126,11 +129,6 @@ __device__ __forceinline__ bool lead_by_roots(const DevicePagerParams& p, OrderS
   return active;
 }
 
-// Row x reads less than row y, of the same pages, or as much and has the smaller index.
-__device__ __forceinline__ bool is_shorter(const OrderShared& s, int x, int y) {
-  return s.end[x] != s.end[y] ? s.end[x] < s.end[y] : x < y;
-}
-
 // What the round has found. The leaders are parents now.
 __device__ __forceinline__ void take_results(const DevicePagerParams& p, OrderShared& s, Mismatch found) {
   const int row = threadIdx.x, leader = s.leader[row];
@@ -155,11 +153,6 @@ __device__ __forceinline__ bool contradicts(const OrderShared& s) {
   const bool undecided = s.lcp[row] >= s.to[row] && s.to[row] < min(s.blocks[row], s.blocks[parent]);
   return too_early || (s.leader[row] >= 0 && undecided);
 }
-
-struct PairResult {  // of row x and row y
-  bool before;       // y is before x
-  int common;        // tokens that both read from the same slots
-};
 
 // `root`: as in order_rows.
 __device__ __forceinline__ PairResult compare_pair(const OrderShared& s, int x, int y, const int* root,
@@ -196,7 +189,10 @@ __device__ __forceinline__ int tree_node(const OrderShared& s) {
 //
 // s.pair[j][other]: common << 1 | other is before, of the j-th row at a time. A thread takes one of the others for
 // every `groups`th row, so that small batches have more than one row at a time.
-__device__ __forceinline__ void rank_rows(const DevicePagerParams& p, OrderShared& s, int rows, const int* root) {
+//
+// pair_of(j, row, other): the PairResult of the j-th row of those at a time and another one; both may share.
+template <class PairOf>
+__device__ __forceinline__ void rank_rows(OrderShared& s, int rows, PairOf pair_of) {
   const int width = (rows + 31) & ~31, groups = kPagerRows / width, step = gridDim.x;
   const int group = threadIdx.x / width, other = threadIdx.x - group * width;
   const bool leads = (threadIdx.x & 31) == 0;
@@ -208,7 +204,7 @@ __device__ __forceinline__ void rank_rows(const DevicePagerParams& p, OrderShare
       const int row = first + j * step;
       PairResult r{false, 0};
       if (s.blocks[row] > 0 && other < rows && other != row && s.blocks[other] > 0) {
-        r = compare_pair(s, row, other, root, p.page_shift);
+        r = pair_of(j, row, other);
       }
       s.pair[j][other] = static_cast<unsigned>(r.common) << 1 | r.before;
       const int count = __popc(__ballot_sync(kAllLanes, r.before));
@@ -274,7 +270,8 @@ __device__ __forceinline__ Sharers order_rows(const DevicePagerParams& p, OrderS
   s.from[row] = s.to[row] = s.node[row] = 0;
   const int shift = root ? 0 : p.state->sample_shift;
   Sharers sharers = count_sharers(s, share);
-  bool active = sharers.total > 1, proposed = active && shift > 0;
+  const bool all_pairs = !root && compares_pairs(rows, sharers.longest);
+  bool active = sharers.total > 1 && !all_pairs, proposed = active && shift > 0;
   Comparers comparers{static_cast<int>(gridDim.x), static_cast<int>(blockIdx.x)};
   if (proposed) {
     const OwnRows own = own_rows(rows);
@@ -307,7 +304,13 @@ __device__ __forceinline__ Sharers order_rows(const DevicePagerParams& p, OrderS
     }
   }
   sharers.deep = s.deep;
-  rank_rows(p, s, rows, root);
+  if (all_pairs) {
+    compare_pairs(p, s, rows);
+    __syncthreads();
+    rank_rows(s, rows, [&](int j, int x, int y) { return finish_pair(p, s, j, x, y); });
+  } else {
+    rank_rows(s, rows, [&](int, int x, int y) { return compare_pair(s, x, y, root, p.page_shift); });
+  }
   if (share && row % gridDim.x == blockIdx.x) store_sorted(p, s, row);
   return sharers;
 }

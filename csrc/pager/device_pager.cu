@@ -26,8 +26,7 @@ __global__ void __launch_bounds__(kPagerRows, 1) build_kernel(const __grid_const
   const RowState row_state = row < p.max_rows ? RowState{p.row_end[row], p.row_share[row]} : RowState{0, 0};
   const int rows = state.rows;
   // CTA 0 changes these words only where all CTAs have passed a barrier since, or writes what they are.
-  const unsigned long long violation = state.violation;
-  const bool append = state.appendable && !state.changed && violation == 0 && state.forest_rows == rows;
+  const bool append = state.appendable && !state.changed && state.violation == 0 && state.forest_rows == rows;
   GridBarrier barrier(&p.state->barrier);
   Sharers sharers{};
   if (!append) {
@@ -43,7 +42,7 @@ __global__ void __launch_bounds__(kPagerRows, 1) build_kernel(const __grid_const
     const int threads = p.emit ? kPagerRows : (rows + 31) & ~31;
     if (threadIdx.x < threads) {
       append ? append_rows(p, s, rows, threads, row_state)
-             : build_forest<kRanged>(p, s, rows, threads, violation, row_state, sharers, barrier);
+             : build_forest<kRanged>(p, s, rows, threads, row_state, sharers, barrier);
     }
   } else if (p.emit && !append) {
     barrier.wait();

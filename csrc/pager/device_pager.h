@@ -12,7 +12,7 @@
 //    compared about once: B x length loads, whatever is shared. A batch with one prefix, or with nothing shared, takes
 //    one round; a tree takes about its height, or one round if the last build found one too: samples of the rows then
 //    propose what to compare (device_proposals.cuh). Leaders are drawn by hash, so that a chain of B prefixes takes
-//    log B.
+//    log B. Small batches of short rows, 256 x 8192 tokens at page size 64, compare all pairs (device_pairs.cuh).
 // 2. Forest. One CTA: the tree of common prefixes, decisions bottom-up, segments, row -> segments.
 // 3. Emit, only if the canonical arrays are wanted: page_indices, run_indptr and runs.
 //

@@ -116,6 +116,27 @@ def test_rebuilds_of_trees_equal_the_cpu_pagers(page_size):
         check_equal(step(pager, batch).to_cpu(), cpu.step(batch.table, batch.rows, batch.lens))
 
 
+@pytest.mark.parametrize("rows_of_each", [0.1, 1, 2, 2.1])
+@pytest.mark.parametrize("blocks", [3, 128, 132, 256, 257])
+def test_short_rows_equal_the_cpu_pagers(rows_of_each, blocks):
+    """All pairs are compared while no multiprocessor has more than two rows, and no row more than 256 pages."""
+    rows = int(rows_of_each * torch.cuda.get_device_properties("cuda").multi_processor_count)
+    generator = torch.Generator().manual_seed(rows * 1000 + blocks)
+    pages = torch.randperm((rows + 1) * blocks, generator=generator).view(-1, blocks)
+    for group, shared in ((2, blocks - 1), (9, blocks * 3 // 4), (rows, blocks // 2)):
+        leaders = torch.arange(rows) // group * group + 1
+        pages[1:, :shared] = pages[leaders, :shared]
+    lens = torch.randint((blocks - 2) * 64, blocks * 64 + 1, (rows,), generator=generator)
+    lens[::5] = blocks * 64
+    order = torch.randperm(rows, generator=generator)
+    batch = Batch(64, slots_of(pages, 64), order + 1, lens, pages.numel())
+    for pages_equal in (False, True):  # the same pages altogether: rows part only where they end
+        if pages_equal:
+            batch.table[1:] = batch.table[1]
+        want = cpu_pager(batch).step(batch.table, batch.rows, batch.lens)
+        check_equal(step(device_pager(batch), batch).to_cpu(), want)
+
+
 def test_a_batch_that_changes_size_equals_the_cpu_pagers():
     batch = random_batch(5, 1, max_rows=40)
     pager, cpu = device_pager(batch), cpu_pager(batch)
