@@ -58,7 +58,8 @@ __device__ __forceinline__ bool compare_tile(const int* row, const int* leader, 
   for (int i = 0; i < kCompareTile / 128; ++i) {
     const int e = begin + i * 128 + (threadIdx.x & 31) * 4;
     if (e < to) {
-      const int4 x = *reinterpret_cast<const int4*>(row + e), y = *reinterpret_cast<const int4*>(leader + e);
+      // A row is read once, its leader often: the L2 is to keep what other rows have still to read of the snapshot.
+      const int4 x = __ldcs(reinterpret_cast<const int4*>(row + e)), y = *reinterpret_cast<const int4*>(leader + e);
       const int k = x.x != y.x ? 0 : x.y != y.y ? 1 : x.z != y.z ? 2 : 3;
       if (mine == kNever && component(x, k) != component(y, k)) {
         mine = e + k;
@@ -110,9 +111,9 @@ __device__ __forceinline__ void compare_rows(const DevicePagerParams& p, OrderSh
   if (blockIdx.x == gridDim.x - 1 && row < rows) p.mismatch[(round + 1) % 3 * p.max_rows + row] = ~Mismatch{0};
   __syncthreads();
   // A warp's tiles are consecutive, so that it can leave a row once it has found a difference.
-  const int warps = comparers.ctas * (kPagerRows / 32), span = (total + warps - 1) / warps;
-  const int first = ((row >> 5) * comparers.ctas + comparers.cta) * span;
-  compare_tiles(p, s, rows, first, min(total, first + span), p.mismatch + round % 3 * p.max_rows);
+  const int warps = comparers.ctas * (kPagerRows / 32), warp = (row >> 5) * comparers.ctas + comparers.cta;
+  const int span = total / warps, rest = total - span * warps, first = warp * span + min(warp, rest);
+  compare_tiles(p, s, rows, first, first + span + (warp < rest), p.mismatch + round % 3 * p.max_rows);
 }
 
 }  // namespace flashcore::pager

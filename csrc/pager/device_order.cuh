@@ -158,6 +158,7 @@ __device__ __forceinline__ bool contradicts(const OrderShared& s) {
 __device__ __forceinline__ PairResult compare_pair(const OrderShared& s, int x, int y, const int* root,
                                                    int page_shift) {
   int a = x, b = y, below_a = -1, below_b = -1;  // up to the row where their ways meet, and the rows before it
+  if (s.node[x] == s.node[y] && s.node[x] >= kPagerRows) below_a = x, below_b = y, b = a;  // one parent
   while (a != b) {
     const int node_a = s.node[a], node_b = s.node[b];
     if (node_a < kPagerRows && node_b < kPagerRows) return {root[b] < root[a], 0};
@@ -220,12 +221,12 @@ __device__ __forceinline__ void rank_rows(OrderShared& s, int rows, PairOf pair_
       const int row = first + j * step;
       const unsigned depth = s.common[row], pair = s.pair[j][other], common = pair >> 1;
       if (depth == 0) continue;
-      const bool before = pair & 1;
-      const unsigned above = __ballot_sync(kAllLanes, before && common >= depth);
-      const unsigned below = __ballot_sync(kAllLanes, !before && common >= depth);
-      const unsigned deeper = __ballot_sync(kAllLanes, !before && common > depth);
-      if (leads && (above | below)) {
-        atomicAdd(&s.around[row], __popc(above) | __popc(below) << 11 | __popc(deeper) << 22);
+      const unsigned group_of = __ballot_sync(kAllLanes, common >= depth);
+      if (group_of == 0) continue;
+      const unsigned before = __ballot_sync(kAllLanes, pair & 1), deeper = __ballot_sync(kAllLanes, common > depth);
+      if (leads) {
+        const unsigned above = group_of & before, below = group_of & ~before, deeper_below = deeper & ~before;
+        atomicAdd(&s.around[row], __popc(above) | __popc(below) << 11 | __popc(deeper_below) << 22);
       }
     }
     __syncthreads();

@@ -3,7 +3,7 @@
 // Grid: any, 512 threads. Every CTA derives all row ranges for itself (B <= 1024 lengths, one scan), then warps take
 // chunks of 512 entries in turn, so that one long row is spread over the card as well as many short ones. 16 KB of
 // shared memory (20 where rows have a begin). Limited by memory: 8 bytes read per entry, 4 more written only where an
-// entry changed.
+// entry changed; 4 read and 4 written once a thread has found a change.
 //
 // Three instances: SGLang's table of slots, rows from position 0 on, for decode; `kRanged`, any table and any range;
 // and `kDrafts`, SGLang's table again, with a row for each branch of a request's drafts.
@@ -134,14 +134,14 @@ struct Sampling {
   bool all;   // samples that have not changed are written too
 };
 
-// Writes the pages of blocks [block, block + 4) of [first, blocks) where they differ from `old`, and a sample of them.
-// Returns whether an entry of the last build has changed.
+// Writes the pages of blocks [block, block + 4) of [first, blocks) where they differ from `old`, or anyway, and a
+// sample of them. Returns whether an entry of the last build has changed.
 __device__ __forceinline__ bool store_pages(const DevicePagerParams& p, int row, int block, int first, int blocks,
                                             int old_blocks, int id_shift, const int (&ids)[4], const int4& old,
-                                            int4* stored, const Sampling& sampling) {
+                                            bool anyway, int4* stored, const Sampling& sampling) {
   const int was[4] = {old.x, old.y, old.z, old.w};
   int pages[4];
-  bool differs = false, old_differs = false;
+  bool differs = anyway, old_differs = false;
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     const bool valid = block + k >= first && block + k < blocks;
@@ -162,9 +162,10 @@ __device__ __forceinline__ bool store_pages(const DevicePagerParams& p, int row,
   return old_differs;
 }
 
+// `changed`: this thread has found an entry of the last build changed. What is stored need not be read any more then.
 template <bool kRanged, bool kDrafts>
 __device__ __forceinline__ bool copy_chunk(const DevicePagerParams& p, const SnapshotInput& in, const SnapshotShared& s,
-                                           const Sampling& sampling, int chunk) {
+                                           const Sampling& sampling, int chunk, const bool changed) {
   const int row = find_interval(s.chunk_begin, in.rows, chunk);
   const int first_block = kRanged ? s.begin[row] >> p.page_shift : 0, blocks = s.blocks[row];
   const int first = (first_block & ~3) + (chunk - s.chunk_begin[row]) * kSnapshotChunk + 4 * (threadIdx.x & 31);
@@ -178,19 +179,19 @@ __device__ __forceinline__ bool copy_chunk(const DevicePagerParams& p, const Sna
     const int block = first + i * 128;
     if (block < blocks) {
       load_ids<kRanged, kDrafts>(in, source, p.page_shift, block, blocks, ids[i]);
-      old[i] = stored[block / 4];
+      old[i] = changed ? make_int4(0, 0, 0, 0) : stored[block / 4];
     }
   }
-  bool changed = false;
+  bool found = changed;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     const int block = first + i * 128;
     if (block < blocks) {
-      changed |= store_pages(p, row, block, first_block, blocks, old_blocks, id_shift, ids[i], old[i],
-                             stored + block / 4, sampling);
+      found |= store_pages(p, row, block, first_block, blocks, old_blocks, id_shift, ids[i], old[i], changed,
+                           stored + block / 4, sampling);
     }
   }
-  return changed;
+  return found;
 }
 
 template <bool kRanged, bool kDrafts>
@@ -239,7 +240,7 @@ __global__ void __launch_bounds__(kSnapshotThreads, 2)
   const int warps = gridDim.x * (kSnapshotThreads / 32);
   bool changed = false;
   for (int chunk = (threadIdx.x >> 5) * gridDim.x + blockIdx.x; chunk < total; chunk += warps) {
-    changed |= copy_chunk<kRanged, kDrafts>(p, in, s, sampling, chunk);
+    changed = copy_chunk<kRanged, kDrafts>(p, in, s, sampling, chunk, changed);
   }
   // Once per CTA: thousands of stores to one word would take their turns.
   if (__syncthreads_or(changed) && threadIdx.x == 0) p.state->changed = 1;
