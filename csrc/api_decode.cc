@@ -99,6 +99,10 @@ void decode(TensorView q, TensorView k_cache, TensorView v_cache, TensorView pag
   p.batch = batch;
   p.page_size = page_size;
   p.by_page = division_by(page_size);
+  const int64_t heads_per_slot = p.kv_slot_stride / std::max<int64_t>(p.kv_head_stride, 1);
+  p.strided = heads_per_slot * p.kv_head_stride == p.kv_slot_stride && heads_per_slot > 0 &&
+              heads_per_slot * p.num_slots < (int64_t{1} << 31);
+  p.heads_per_slot = static_cast<uint32_t>(heads_per_slot);
   p.page_indices = int_array("page_indices", page_indices, workspace, 1);
   p.page_capacity = page_indices.numel();
   const cudaStream_t stream = current_stream(workspace);

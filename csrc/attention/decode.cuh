@@ -86,6 +86,9 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     s.list_items[list] = p.work.header->entries[list] * p.kv_heads;
   }
   if (threadIdx.x >= 99 && threadIdx.x < 101) s.issued[threadIdx.x - 99] = 0;
+  if (warp == kKeyLoader || warp == kKeyLoader + 1) {
+    if (lane < kStrides) s.scattered[warp - kKeyLoader].strides[lane] = 0;
+  }
   if (threadIdx.x == 98) s.wide_ctas = min(max(p.work.header->wide_ctas, 0), static_cast<int>(gridDim.x));
   __syncthreads();
   ptx::grid_dependency_launch();
@@ -94,7 +97,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     if (warp == 0) {
       feed_items<C>(p, s, start, lane);
     } else if (warp < 3) {
-      load_kv<C>(p, s, buffers_of<C>(p, maps, s, warp == kKeyLoader), start.num_tokens > 0, pages);
+      load_kv<C>(p, maps, s, buffers_of<C>(p, maps, s, warp == kKeyLoader), start.num_tokens > 0, pages);
     } else {
       load_q<C>(p, s, lane);
     }
@@ -116,7 +119,7 @@ void launch_decode(const DecodeParams& p, int ctas, cudaStream_t stream) {
   using C = decode::Traits<Cache, kHeadDim>;
   constexpr int kSmemBytes = sizeof(decode::SharedStorage<C>);
   static_assert(kSmemBytes <= 232448);
-  decode::TensorMaps maps;
+  decode::TensorMaps maps{};
   constexpr DType dtype = decode::cache_dtype<C>();
   for (int i = 0; i < decode::kBoxes; ++i) {
     const int tokens = i == 0 ? 8 : i == 1 ? 32 : C::kTile;
@@ -124,6 +127,10 @@ void launch_decode(const DecodeParams& p, int ctas, cudaStream_t stream) {
                   tokens);
     encode_kv_map(&maps.v[i], dtype, p.v, p.num_slots, p.kv_heads, kHeadDim, p.kv_slot_stride, p.kv_head_stride,
                   tokens);
+  }
+  if (p.strided) {
+    encode_strided_map(&maps.strided_k, dtype, p.k, p.num_slots, kHeadDim, p.kv_slot_stride, p.kv_head_stride);
+    encode_strided_map(&maps.strided_v, dtype, p.v, p.num_slots, kHeadDim, p.kv_slot_stride, p.kv_head_stride);
   }
   auto* kernel = decode::decode_kernel<C>;
   FC_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes));

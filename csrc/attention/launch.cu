@@ -20,19 +20,17 @@ Encode driver_encode() {
   return found;
 }
 
-}  // namespace
-
-void encode_kv_map(CUtensorMap* map, DType dtype, const void* base, int num_slots, int kv_heads, int head_dim,
-                   int64_t slot_stride, int64_t head_stride, int rows) {
+// A box of all of axes 1 to 4 but the last: [line][8][lines of a row][groups], one KV head.
+void encode(CUtensorMap* map, DType dtype, const void* base, int head_dim, int groups, cuuint64_t tokens,
+            cuuint64_t heads, int64_t token_stride, int64_t head_stride) {
   const int element_bytes = bytes_of(dtype), line_bytes = std::min(head_dim * element_bytes, 128);
   const int line = line_bytes / element_bytes;
-  const cuuint64_t slot_bytes = slot_stride * element_bytes, head_bytes = head_stride * element_bytes;
-  const cuuint64_t sizes[5] = {static_cast<cuuint64_t>(line), static_cast<cuuint64_t>(num_slots),
-                               static_cast<cuuint64_t>(head_dim / line), static_cast<cuuint64_t>(rows / 8),
-                               static_cast<cuuint64_t>(kv_heads)};
-  const cuuint64_t strides[4] = {slot_bytes, static_cast<cuuint64_t>(line_bytes), 8 * slot_bytes, head_bytes};
+  const cuuint64_t token_bytes = token_stride * element_bytes, head_bytes = head_stride * element_bytes;
+  const cuuint64_t sizes[5] = {static_cast<cuuint64_t>(line), tokens, static_cast<cuuint64_t>(head_dim / line),
+                               static_cast<cuuint64_t>(groups), heads};
+  const cuuint64_t strides[4] = {token_bytes, static_cast<cuuint64_t>(line_bytes), 8 * token_bytes, head_bytes};
   const cuuint32_t box[5] = {static_cast<cuuint32_t>(line), 8, static_cast<cuuint32_t>(head_dim / line),
-                             static_cast<cuuint32_t>(rows / 8), 1};
+                             static_cast<cuuint32_t>(groups), 1};
   const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
   const CUtensorMapDataType type = dtype == DType::kBf16   ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                    : dtype == DType::kFp16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
@@ -43,8 +41,20 @@ void encode_kv_map(CUtensorMap* map, DType dtype, const void* base, int num_slot
                       swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   FC_CHECK(result == CUDA_SUCCESS)
       << "k_cache: want a base aligned to 16 bytes and strides in multiples of 16 bytes, got slot stride "
-      << slot_stride << " and head stride " << head_stride << " (cuTensorMapEncodeTiled " << static_cast<int>(result)
+      << token_stride << " and head stride " << head_stride << " (cuTensorMapEncodeTiled " << static_cast<int>(result)
       << ")";
+}
+
+}  // namespace
+
+void encode_kv_map(CUtensorMap* map, DType dtype, const void* base, int num_slots, int kv_heads, int head_dim,
+                   int64_t slot_stride, int64_t head_stride, int rows) {
+  encode(map, dtype, base, head_dim, rows / 8, num_slots, kv_heads, slot_stride, head_stride);
+}
+
+void encode_strided_map(CUtensorMap* map, DType dtype, const void* base, int num_slots, int head_dim,
+                        int64_t slot_stride, int64_t head_stride) {
+  encode(map, dtype, base, head_dim, 4, 8, num_slots * (slot_stride / head_stride), slot_stride, head_stride);
 }
 
 }  // namespace flashcore

@@ -14,6 +14,11 @@ namespace flashcore {
 void encode_kv_map(CUtensorMap* map, DType dtype, const void* base, int num_slots, int kv_heads, int head_dim,
                    int64_t slot_stride, int64_t head_stride, int rows);
 
+// The same for tokens that lie apart: 32 of one KV head, each as far from the one before as strides 0 and 2 say, which
+// a kernel replaces. Coordinates: (0, 0, 0, 0, slot * slot_stride / head_stride + kv_head).
+void encode_strided_map(CUtensorMap* map, DType dtype, const void* base, int num_slots, int head_dim,
+                        int64_t slot_stride, int64_t head_stride);
+
 template <typename... Params>
 void launch_dependent(void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem, cudaStream_t stream,
                       const Params&... params) {

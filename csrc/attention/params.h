@@ -3,6 +3,7 @@
 // head dim, P page size, S segments. A q_row of a segment is (row, head of the group): row = q_row / R, head = kv_head
 // * R + q_row % R.
 #pragma once
+#include <cuda.h>
 #include <cuda_runtime.h>
 
 #include <cstddef>
@@ -18,6 +19,7 @@ constexpr int kStartTokens = 256;                     // whose pages are looked 
 constexpr int kMaxBatch = 4096, kMaxSegments = 4096;  // that a step can have
 constexpr int kMaxPageSize = 1 << 20;
 constexpr int kOwnerShift = 16;
+constexpr int kStrides = 2;  // of tokens that lie apart, for which a loader makes tensor maps
 
 // t / page_size = t * magic >> shift for every t of 31 bits.
 struct PageDivision {
@@ -80,7 +82,7 @@ struct ScheduleHeader {
 
 // Offsets in bytes into the workspace. All 256-aligned.
 struct WorkspaceLayout {
-  size_t header, rows, starts, start_pages, items, partial_lse2, partial_out, bytes;
+  size_t header, rows, starts, start_pages, maps, items, partial_lse2, partial_out, bytes;
   int entry_capacity, partial_capacity;
 };
 
@@ -105,6 +107,7 @@ inline WorkspaceLayout workspace_layout(int batch, int segment_capacity, int hea
   w.rows = take(sizeof(RowInfo) * batch);
   w.starts = take(sizeof(WorkItem) * kMaxCtas);
   w.start_pages = take(sizeof(int) * kMaxCtas * kStartTokens);
+  w.maps = take(sizeof(CUtensorMap) * kMaxCtas * 2 * kStrides);
   w.items = take(sizeof(WorkItem) * w.entry_capacity);
   w.partial_lse2 = take(sizeof(float) * partial_capacity * heads);
   w.partial_out = take(sizeof(float) * partial_capacity * heads * head_dim);
@@ -118,6 +121,7 @@ struct Workspace {
   RowInfo* rows;        // [B] by position in row_order
   WorkItem* starts;     // [kMaxCtas] first item of each CTA; num_tokens 0: none
   int* start_pages;     // [kMaxCtas, kStartTokens] pages of its first tokens
+  CUtensorMap* maps;    // [kMaxCtas, 2, kStrides] that the loaders of K and of V make
   WorkItem* items;      // [entry_capacity] wide ones from the front, narrow ones from the back
   float* partial_lse2;  // [partial, H]
   float* partial_out;   // [partial, H, D]
@@ -130,6 +134,7 @@ inline Workspace bind_workspace(const WorkspaceLayout& w, void* base) {
           reinterpret_cast<RowInfo*>(p + w.rows),
           reinterpret_cast<WorkItem*>(p + w.starts),
           reinterpret_cast<int*>(p + w.start_pages),
+          reinterpret_cast<CUtensorMap*>(p + w.maps),
           reinterpret_cast<WorkItem*>(p + w.items),
           reinterpret_cast<float*>(p + w.partial_lse2),
           reinterpret_cast<float*>(p + w.partial_out),
@@ -183,6 +188,8 @@ struct DecodeParams {
   uint32_t kv_slot_units, kv_head_units;   // the same in 16 bytes
   int batch, heads, kv_heads, ratio, num_slots, page_capacity;
   int page_size;
+  uint32_t heads_per_slot;  // a slot's size in KV heads, and
+  bool strided;             // whether that is exact, so that a map may count slots in them
   PageDivision by_page;
   float scale_log2;      // scale * log2(e); with a cap log2(e) alone, the cap has applied the scale
   float logit_cap;       // 0: none

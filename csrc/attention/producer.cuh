@@ -1,5 +1,6 @@
 // Loader warps: K, V and q of the items into shared memory. Each warp walks the items at its own pace.
 #pragma once
+#include "attention/strided.cuh"
 #include "attention/work_list.cuh"
 
 namespace flashcore::decode {
@@ -56,28 +57,26 @@ __device__ __forceinline__ int slot_of(const DecodeParams& p, const WorkItem& it
 }
 
 // The buffers of K or of V, as one loader sees them.
+template <class C>
 struct Buffers {
   const CUtensorMap* maps;
   const int4* pool;
-  uint32_t* scattered;
+  Scattered<C>* scattered;
   uint32_t data, full, empty;  // shared-memory addresses of the first
   uint32_t issued;             // shared-memory address
   int slots, slot;
   uint32_t phase;
   // A constant where K and V have equally many, which saves a register.
-  template <class C>
-  __device__ __forceinline__ int count() const {
-    return C::kConverts ? C::kCachedBuffers : slots;
-  }
+  __device__ __forceinline__ int count() const { return C::kConverts ? C::kCachedBuffers : slots; }
 };
 
 template <class C>
-__device__ __forceinline__ Buffers buffers_of(const DecodeParams& p, const TensorMaps& maps, SharedStorage<C>& s,
-                                              bool keys) {
-  Buffers b{};
+__device__ __forceinline__ Buffers<C> buffers_of(const DecodeParams& p, const TensorMaps& maps, SharedStorage<C>& s,
+                                                 bool keys) {
+  Buffers<C> b{};
   b.maps = keys ? maps.k : maps.v;
   b.pool = static_cast<const int4*>(keys ? p.k : p.v);
-  b.scattered = s.scattered[keys ? 0 : 1];
+  b.scattered = &s.scattered[keys ? 0 : 1];
   b.issued = ptx::smem_address(&s.issued[keys ? 0 : 1]);
   if constexpr (C::kConverts) {
     b.data = ptx::smem_address(keys ? s.cached.k[0] : s.cached.v[0]);
@@ -128,16 +127,46 @@ __device__ __forceinline__ void load_scattered(const int4* pool, uint32_t dst, c
   }
 }
 
+// Loads the groups of 32 tokens that lie apart by the same step. Their 8-token groups.
+template <class C>
+__device__ __forceinline__ uint32_t load_strided(const DecodeParams& p, const TensorMaps& maps, Buffers<C>& b,
+                                                 const int (&slot)[Pages<C>::kGroups], uint32_t full, uint32_t dst,
+                                                 int kv_head, int lane) {
+  using Tile = typename C::Cached;
+  uint32_t apart = 0;
+  int step = 0;
+#pragma unroll
+  for (int g = 0; g < Pages<C>::kGroups; ++g) {
+    const int stride = stride_of(slot[g], lane);
+    if (step == 0) step = stride;
+    apart |= stride == step && step != 0 ? 0xFu << (4 * g) : 0u;
+  }
+  if (apart == 0) return 0;
+  const bool keys = ptx::thread_id() / 32 == kKeyLoader;
+  const int map = strided_map(p, keys ? maps.strided_k : maps.strided_v, b.scattered->strides, !keys, step, lane);
+  if (map < 0) return 0;
+  if (lane == 0) {
+    ptx::mbarrier_expect_tx(full, __popc(apart) * Tile::kGroupBytes);
+#pragma unroll
+    for (int g = 0; g < Pages<C>::kGroups; ++g) {
+      if ((apart >> (4 * g)) & 1)
+        ptx::tma_load_5d(dst + g * 4 * Tile::kGroupBytes, p.work.maps + map, full, ptx::kEvictFirst, 0, 0, 0, 0,
+                         slot[g] * p.heads_per_slot + kv_head);
+    }
+  }
+  return apart;
+}
+
 // One tile. `shallow`: one buffer stays empty. `slot`: of the lane's tokens 32 g + lane, -1 past the chunk. A full
 // barrier counts one arrival of the warp and, for what came by cp.async, one of every lane.
 template <class C>
-__device__ __forceinline__ void load_tile(const DecodeParams& p, Buffers& b, const int (&slot)[Pages<C>::kGroups],
-                                          int kv_head, bool shallow, int lane) {
+__device__ __forceinline__ void load_tile(const DecodeParams& p, const TensorMaps& maps, Buffers<C>& b,
+                                          const int (&slot)[Pages<C>::kGroups], int kv_head, bool shallow, int lane) {
   using Tile = typename C::Cached;
   constexpr int kGroups = Pages<C>::kGroups;
   const uint32_t full = b.full + b.slot * 8, dst = b.data + b.slot * Tile::kBufferBytes;
   ptx::mbarrier_wait(b.empty + b.slot * 8, b.phase ^ 1);
-  if (++b.slot == b.template count<C>()) {
+  if (++b.slot == b.count()) {
     b.slot = 0;
     b.phase ^= 1;
   }
@@ -154,6 +183,8 @@ __device__ __forceinline__ void load_tile(const DecodeParams& p, Buffers& b, con
     }
     return;
   }
+  constexpr uint32_t kAll = ~0u >> (32 - 4 * kGroups);
+  const uint32_t strided = load_strided<C>(p, maps, b, slot, full, dst, kv_head, lane);
   uint32_t boxes = 0, runs = 0;  // 8-token groups that lie in a row; those of them that a box of 32 takes
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
@@ -177,11 +208,11 @@ __device__ __forceinline__ void load_tile(const DecodeParams& p, Buffers& b, con
       ptx::tma_load_5d(dst + (g * 4 + lane / 8) * Tile::kGroupBytes, b.maps, full, ptx::kEvictFirst, 0, slot[g], 0, 0,
                        kv_head);
     }
-    b.scattered[g * 32 + lane] =
+    b.scattered->where[g * 32 + lane] =
         slot[g] >= 0 ? static_cast<uint32_t>(slot[g]) * p.kv_slot_units + kv_head * p.kv_head_units : kNoToken;
   }
   __syncwarp();
-  load_scattered<C>(b.pool, dst, b.scattered, ~boxes & (~0u >> (32 - 4 * kGroups)), lane);
+  load_scattered<C>(b.pool, dst, b.scattered->where, ~(boxes | strided) & kAll, lane);
   ptx::cp_async_mbarrier_arrive(full);
   __syncwarp();  // `scattered` is free again
 }
@@ -190,8 +221,8 @@ __device__ __forceinline__ void load_tile(const DecodeParams& p, Buffers& b, con
 // the last block of an item the next item is looked up, as soon as it is posted. `ahead`: pages of the CTA's start
 // item, if it has one.
 template <class C>
-__device__ __forceinline__ void load_kv(const DecodeParams& p, SharedStorage<C>& s, Buffers b, bool has_start,
-                                        Pages<C> ahead) {
+__device__ __forceinline__ void load_kv(const DecodeParams& p, const TensorMaps& maps, SharedStorage<C>& s,
+                                        Buffers<C> b, bool has_start, Pages<C> ahead) {
   constexpr int kGroups = Pages<C>::kGroups;
   Ring<C::kRing> read;
   const WorkItem* item = &wait_item<C>(s, read);
@@ -201,7 +232,7 @@ __device__ __forceinline__ void load_kv(const DecodeParams& p, SharedStorage<C>&
     bool looked = false;
     // Beside wide items narrow ones hold back: what they have in flight is the queue that the tiles of the wide ones,
     // which are in the L2, wait in.
-    const bool shallow = b.template count<C>() > 2 && s.wide_ctas > 0 && item->q_rows <= kNarrowRows;
+    const bool shallow = b.count() > 2 && s.wide_ctas > 0 && item->q_rows <= kNarrowRows;
 #pragma unroll 1
     for (int t = 0; t < item->num_tokens; t += kBlock * C::kTile) {
       const Pages<C> pages = ahead;
@@ -221,7 +252,7 @@ __device__ __forceinline__ void load_kv(const DecodeParams& p, SharedStorage<C>&
         for (int g = 0; g < kGroups; ++g)
           slot[g] = slot_of(p, *item, i == 0 ? pages.of[0][g] : pages.of[1][g],
                             t + i * C::kTile + g * 32 + ptx::thread_id() % 32);
-        load_tile<C>(p, b, slot, kv_head_of(*item), shallow, ptx::thread_id() % 32);
+        load_tile<C>(p, maps, b, slot, kv_head_of(*item), shallow, ptx::thread_id() % 32);
         if (!C::kConverts && ptx::thread_id() % 32 == 0) {  // else the converter does
           ptx::store_release(b.issued, b.slot + static_cast<int>(b.phase) * b.slots);
           if (t + i == 0) ptx::mbarrier_arrive(ptx::smem_address(&s.item_started[read.slot()]));

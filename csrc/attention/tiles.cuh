@@ -57,6 +57,13 @@ struct CachedBarriers {
 };
 struct None {};
 
+// What a loader keeps about tokens that do not lie in a row.
+template <class C>
+struct Scattered {
+  uint32_t where[C::kTile];  // of a tile's tokens that no box holds (load_scattered)
+  int strides[kStrides];     // of the maps it has made (strided.cuh)
+};
+
 template <class C>
 struct SharedStorage {
   alignas(1024) char k[C::kKBuffers][C::kBufferBytes];
@@ -65,7 +72,7 @@ struct SharedStorage {
   alignas(1024) char q[2][C::kQBytes];
   WorkItem items[C::kRing];
   int destinations[2][2][kNarrowRows];  // of the q_rows in q, by warpgroup and phase; see kNowhere
-  uint32_t scattered[2][C::kTile];      // where the tokens of a K and a V tile lie that no box holds (load_scattered)
+  Scattered<C> scattered[2];            // of the loaders of K and of V
   int list_items[2], wide_ctas;
   int issued[2];  // ring positions behind the last K and the last V buffer that has begun to be filled
   alignas(8) uint64_t k_full[C::kKBuffers], k_empty[C::kKBuffers], v_full[C::kVBuffers], v_empty[C::kVBuffers],
@@ -89,7 +96,7 @@ constexpr int kNowhere = 0x7FFFFFFF;
 constexpr int kBoxes = 3;  // of 8 tokens, of 32, of a tile
 
 struct TensorMaps {
-  CUtensorMap k[kBoxes], v[kBoxes];
+  CUtensorMap k[kBoxes], v[kBoxes], strided_k, strided_v;
 };
 
 // Position in a ring of kSize slots, modulo two passes: slot and the parity of the pass in one register.

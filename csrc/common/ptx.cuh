@@ -80,6 +80,21 @@ constexpr uint64_t kEvictFirst = 0x12F0000000000000ull, kEvictLast = 0x14F000000
 __device__ __forceinline__ void prefetch_tensormap(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
+// Strides 0 and 2 of a map in global memory: of its second axis, in bytes, and of its fourth, eight times as far.
+__device__ __forceinline__ void tensormap_replace_strides(CUtensorMap* map, uint64_t bytes) {
+  asm volatile(
+      "tensormap.replace.tile.global_stride.global.b1024.b64 [%0], 0, %1;\n"
+      "tensormap.replace.tile.global_stride.global.b1024.b64 [%0], 2, %2;" ::"l"(__cvta_generic_to_global(map)),
+      "l"(bytes), "l"(8 * bytes)
+      : "memory");
+}
+// What this thread wrote to a map is seen by its copies that come after.
+__device__ __forceinline__ void fence_tensormap(const CUtensorMap* map) {
+  asm volatile(
+      "fence.proxy.tensormap::generic.release.gpu;\n"
+      "fence.proxy.tensormap::generic.acquire.gpu [%0], 128;" ::"l"(map)
+      : "memory");
+}
 __device__ __forceinline__ void tma_load_5d(uint32_t smem, const CUtensorMap* map, uint32_t bar, uint64_t policy,
                                             int c0, int c1, int c2, int c3, int c4) {
   asm volatile(

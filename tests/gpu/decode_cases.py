@@ -112,6 +112,38 @@ def forest(
     return Forest(page_size, next_page, table, (shared + own).to(torch.int32))
 
 
+Epoch = tuple[int, int]
+"""(slots from one token to the next, tokens) that a request generated while the batch was of one size."""
+
+
+def strided(requests: Sequence[Sequence[Epoch]]) -> Forest:
+    """Requests of epochs, on pages of one token, that share nothing. A negative step goes down."""
+    rows, next_slot = [], 1
+    for epochs in requests:
+        parts = []
+        for step, tokens in epochs:
+            part = next_slot + torch.arange(tokens, dtype=torch.int32) * abs(step)
+            parts.append(part.flip(0) if step < 0 else part)
+            next_slot += abs(step) * tokens
+        rows.append(torch.cat(parts))
+    lens = torch.tensor([row.numel() for row in rows], dtype=torch.int32)
+    table = torch.zeros(len(rows) + 1, int(lens.max()), dtype=torch.int32)
+    for r, row in enumerate(rows):
+        table[r + 1, : row.numel()] = row
+    return Forest(1, next_slot, table, lens)
+
+
+APART: list[list[Epoch]] = [
+    [(2, 300)],
+    [(64, 1000)],
+    [(1, 128), (1000, 129)],
+    [(7, 100), (6, 64), (5, 33), (4, 500), (3, 31), (6, 90)],  # more steps than a loader makes maps for
+    [(-3, 200)],
+    [(5, 32), (1, 32), (5, 32), (9, 8), (1, 300), (9, 40)],
+]
+"""Epochs of a request whose tokens lie apart."""
+
+
 def random_case(rng: random.Random, orders: list[str]) -> tuple[Forest, int, int, int, torch.dtype]:
     """A forest of up to four levels; heads, KV heads, head dim, dtype of q."""
     page_size = rng.choice([1, 1, 16, 64])

@@ -11,7 +11,7 @@ import torch
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("no Hopper GPU", allow_module_level=True)
 
-from gpu.decode_cases import Decode, Forest, assert_accurate, forest, pools, random_case
+from gpu.decode_cases import APART, Decode, Forest, assert_accurate, forest, pools, random_case, strided
 
 pytestmark = pytest.mark.gpu
 
@@ -37,6 +37,23 @@ def test_one_request_of_any_length_is_exact(length):
 @pytest.mark.parametrize("page_size", [1, 2, 16, 48, 64, 128])
 def test_pages_of_any_size_and_order_are_read_right(page_size, order):
     attend(forest([(1, 4 * 768), (5, 800)], page_size, order, lens=[1, 128, 799, 800, 300]))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("epochs", APART)
+def test_tokens_that_lie_apart_are_read_right(epochs, head_dim):
+    attend(strided([epochs] * 3), head_dim=head_dim)
+    attend(strided(APART), heads=6, kv_heads=3, head_dim=head_dim)
+
+
+def test_slots_that_are_no_whole_number_of_heads_are_read_right():
+    f = strided([[(3, 300)], [(1, 200)]])
+    k, v = (torch.empty(f.num_slots * (8 * 128 + 8), device="cuda", dtype=BF16) for _ in range(2))
+    k, v = (x.as_strided((f.num_slots, 8, 128), (8 * 128 + 8, 128, 1)) for x in (k, v))
+    for x, values in zip((k, v), pools(f, 8, 128, BF16), strict=True):
+        x.copy_(values)
+    q = torch.randn(f.batch, 32, 128, device="cuda", dtype=BF16)
+    assert_accurate(f, Decode(f.layout(), 32, 8, 128)(q, k, v, scale=0.1), q, k, v, scale=0.1)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])

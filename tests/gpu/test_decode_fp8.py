@@ -10,7 +10,7 @@ import torch
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("no Hopper GPU", allow_module_level=True)
 
-from gpu.decode_cases import Decode, Forest, exact, forest, random_case
+from gpu.decode_cases import APART, Decode, Forest, exact, forest, random_case, strided
 from gpu.fp8_cases import E4M3, assert_close_to, e4m3_pools
 
 from flashcore_sglang.reference import scaled
@@ -43,6 +43,12 @@ def test_one_request_of_any_length_is_exact(length):
 @pytest.mark.parametrize("page_size", [1, 2, 16, 48, 64, 128])
 def test_pages_of_any_size_and_order_are_read_right(page_size, order):
     attend(forest([(1, 4 * 768), (5, 800)], page_size, order, lens=[1, 128, 799, 800, 300]))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("epochs", APART)
+def test_tokens_that_lie_apart_are_read_right(epochs, head_dim):
+    attend(strided([epochs] * 3), head_dim=head_dim)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
