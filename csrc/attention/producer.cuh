@@ -91,38 +91,57 @@ __device__ __forceinline__ Buffers<C> buffers_of(const DecodeParams& p, const Te
   return b;
 }
 
-// Copies the 8-token groups in `groups`, 16 bytes per lane: two tokens an instruction at d 128. `where`: each token's
-// distance from the pool in 16 bytes, kNoToken past the chunk. Those get zeros, because stale bytes may be NaN, and
-// 0 * NaN in P.V would poison every row.
+// How a warp copies scattered tokens, 16 bytes a lane: four tokens a lane and turn, at least, as many rows apart as one
+// instruction copies.
+template <class C>
+struct Turn {
+  static constexpr int kRows = 32 / C::Cached::kChunks;  // of an instruction
+  static constexpr int kTokens = kRows > 2 ? 4 * kRows : 8, kCopies = kTokens / kRows;
+  // Where in `where` the token is that this lane looks up: the tokens of one copying lane lie side by side.
+  static __device__ __forceinline__ int position(int lane) {
+    const int token = lane % kTokens;
+    return lane - token + token % kRows * kCopies + token / kRows;
+  }
+  // The first 8-token groups of the turns that take `groups`.
+  static __device__ __forceinline__ uint32_t of_groups(uint32_t groups) {
+    if constexpr (kTokens >= 16) groups |= groups >> 1;
+    if constexpr (kTokens == 32) groups |= groups >> 2;
+    return groups & (kTokens == 8 ? ~0u : kTokens == 16 ? 0x55555555u : 0x11111111u);
+  }
+};
+
+// Copies the 8-token groups in `groups`, perhaps others beside them once more. `where`: the shared-memory address of
+// each token's distance from the pool in 16 bytes, at Turn::position; kNoToken past the chunk. Those get zeros, because
+// stale bytes may be NaN, and 0 * NaN in P.V would poison every row.
+//
+// The warp's instructions are what limits it. So a lane's words of a turn are one load, asked for a turn ahead; an
+// address is one multiply-add, in registers of its own, as a copy holds them for long; the swizzle of a later row is an
+// exclusive or.
 constexpr uint32_t kNoToken = ~0u;
 
 template <class C>
-__device__ __forceinline__ void load_scattered(const int4* pool, uint32_t dst, const uint32_t* where, uint32_t groups,
+__device__ __forceinline__ void load_scattered(const int4* pool, uint32_t dst, uint32_t where, uint32_t groups,
                                                int lane) {
   using Tile = typename C::Cached;
-  constexpr int kChunks = Tile::kChunks, kRowsPerStep = 32 / kChunks;
-  const int sub = lane / kChunks, chunk = lane % kChunks;
-  const int4* src = pool + chunk;
-  // Several groups at a time where their rows are short, as an e4m3 cache's are: four copies at least.
-  constexpr int kGroupsAtOnce = C::kConverts ? kRowsPerStep / 2 : 1, kSteps = 8 / kRowsPerStep;
+  using T = Turn<C>;
+  const int sub = lane / Tile::kChunks, chunk = lane % Tile::kChunks;
+  const char* src = reinterpret_cast<const char*>(pool + chunk);
+  asm volatile("" : "+l"(src));  // one register pair: else the compiler adds in three steps
+  dst += tile_offset<Tile>(sub, chunk);
+  where += sub * T::kCopies * 4;
+  groups = T::of_groups(groups);
 #pragma unroll 1
   for (; groups != 0; groups &= groups - 1) {
-    int g[kGroupsAtOnce];
-    uint32_t at[kGroupsAtOnce][kSteps];  // all before the first copy: a copy is a fence to the compiler
+    const int g = __ffs(groups) - 1;
+    uint32_t at[T::kCopies];
+    ptx::load_shared_words(at, where + g * 32);
+    const uint32_t to = dst + g * Tile::kGroupBytes;
 #pragma unroll
-    for (int j = 0; j < kGroupsAtOnce; ++j) {
-      if (j > 0 && (groups & (groups - 1)) != 0) groups &= groups - 1;  // else the last one again, which does no harm
-      g[j] = __ffs(groups) - 1;
-#pragma unroll
-      for (int i = 0; i < kSteps; ++i) at[j][i] = where[g[j] * 8 + i * kRowsPerStep + sub];
-    }
-#pragma unroll
-    for (int j = 0; j < kGroupsAtOnce; ++j) {
-#pragma unroll
-      for (int i = 0; i < kSteps; ++i) {
-        ptx::cp_async_16(dst + g[j] * Tile::kGroupBytes + tile_offset<Tile>(i * kRowsPerStep + sub, chunk),
-                         src + (at[j][i] == kNoToken ? 0 : at[j][i]), at[j][i] == kNoToken ? 0 : 16);
-      }
+    for (int i = 0; i < T::kCopies; ++i) {
+      const int row = i * T::kRows, line = row % 8;
+      static_assert(T::kRows == 8 || Tile::kRowBytes >= 128);
+      ptx::cp_async_16((to ^ (line << 4)) + row / 8 * Tile::kGroupBytes + line * 128,
+                       src + static_cast<uint64_t>(at[i]) * 16, at[i] == kNoToken ? 0 : 16);
     }
   }
 }
@@ -199,20 +218,25 @@ __device__ __forceinline__ void load_tile(const DecodeParams& p, const TensorMap
     ptx::mbarrier_arrive(full);
   }
   __syncwarp();
+  if (boxes != 0) {
 #pragma unroll
-  for (int g = 0; g < kGroups; ++g) {
-    const bool whole = (runs >> (4 * g)) & 1;
-    if (lane == 0 && whole) {
-      ptx::tma_load_5d(dst + g * 4 * Tile::kGroupBytes, b.maps + 1, full, ptx::kEvictFirst, 0, slot[g], 0, 0, kv_head);
-    } else if ((lane & 7) == 0 && !whole && ((boxes >> (4 * g + lane / 8)) & 1)) {
-      ptx::tma_load_5d(dst + (g * 4 + lane / 8) * Tile::kGroupBytes, b.maps, full, ptx::kEvictFirst, 0, slot[g], 0, 0,
-                       kv_head);
+    for (int g = 0; g < kGroups; ++g) {
+      const bool whole = (runs >> (4 * g)) & 1;
+      if (lane == 0 && whole) {
+        ptx::tma_load_5d(dst + g * 4 * Tile::kGroupBytes, b.maps + 1, full, ptx::kEvictFirst, 0, slot[g], 0, 0,
+                         kv_head);
+      } else if ((lane & 7) == 0 && !whole && ((boxes >> (4 * g + lane / 8)) & 1)) {
+        ptx::tma_load_5d(dst + (g * 4 + lane / 8) * Tile::kGroupBytes, b.maps, full, ptx::kEvictFirst, 0, slot[g], 0, 0,
+                         kv_head);
+      }
     }
-    b.scattered->where[g * 32 + lane] =
-        slot[g] >= 0 ? static_cast<uint32_t>(slot[g]) * p.kv_slot_units + kv_head * p.kv_head_units : kNoToken;
   }
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g)
+    b.scattered->where[g * 32 + Turn<C>::position(lane)] =
+        slot[g] >= 0 ? static_cast<uint32_t>(slot[g]) * p.kv_slot_units + kv_head * p.kv_head_units : kNoToken;
   __syncwarp();
-  load_scattered<C>(b.pool, dst, b.scattered->where, ~(boxes | strided) & kAll, lane);
+  load_scattered<C>(b.pool, dst, ptx::smem_address(b.scattered->where), ~(boxes | strided) & kAll, lane);
   ptx::cp_async_mbarrier_arrive(full);
   __syncwarp();  // `scattered` is free again
 }

@@ -60,7 +60,7 @@ struct None {};
 // What a loader keeps about tokens that do not lie in a row.
 template <class C>
 struct Scattered {
-  uint32_t where[C::kTile];  // of a tile's tokens that no box holds (load_scattered)
+  alignas(16) uint32_t where[C::kTile];  // of a tile's tokens that no box holds (load_scattered)
   int strides[kStrides];     // of the maps it has made (strided.cuh)
 };
 

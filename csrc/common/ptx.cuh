@@ -126,6 +126,16 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t smem) {
                : "memory");
   return x;
 }
+// kWords side by side.
+template <int kWords>
+__device__ __forceinline__ void load_shared_words(uint32_t (&x)[kWords], uint32_t smem) {
+  static_assert(kWords % 4 == 0);
+#pragma unroll
+  for (int i = 0; i < kWords; i += 4) {
+    const uint4 four = load_shared_16(smem + i * 4);
+    x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
+  }
+}
 __device__ __forceinline__ void store_shared_16(uint32_t smem, uint4 x) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
                : "memory");
