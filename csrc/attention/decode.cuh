@@ -41,13 +41,13 @@ __device__ __forceinline__ void init_barriers(SharedStorage<C>& s) {
     for (int i = 0; i < count; ++i) ptx::mbarrier_init(ptx::smem_address(barriers + i), arrivals);
   };
   if constexpr (C::kConverts) {
-    init(s.cached_barriers.k_full, C::kCachedBuffers, 33);
-    init(s.cached_barriers.v_full, C::kCachedBuffers, 33);
+    init(s.cached_barriers.k_full, C::kCachedBuffers, kFullArrivals);
+    init(s.cached_barriers.v_full, C::kCachedBuffers, kFullArrivals);
     init(s.cached_barriers.k_empty, C::kCachedBuffers, 4 * ptx::kWarpArrivals);
     init(s.cached_barriers.v_empty, C::kCachedBuffers, 4 * ptx::kWarpArrivals);
   }
-  init(s.k_full, C::kKBuffers, C::kConverts ? 4 * ptx::kWarpArrivals : 33);
-  init(s.v_full, C::kVBuffers, C::kConverts ? 4 * ptx::kWarpArrivals : 33);
+  init(s.k_full, C::kKBuffers, C::kConverts ? 4 * ptx::kWarpArrivals : kFullArrivals);
+  init(s.v_full, C::kVBuffers, C::kConverts ? 4 * ptx::kWarpArrivals : kFullArrivals);
   init(s.k_empty, C::kKBuffers, 2);
   init(s.v_empty, C::kVBuffers, 2);
   init(s.q_full, 2, 32 + ptx::kWarpArrivals);

@@ -7,9 +7,11 @@ namespace flashcore::decode {
 
 // Pages of this lane's tokens in two tiles: raw, so that nothing waits for them here. The loader asks for them two
 // tiles ahead: under load a page index takes 2 us, longer than a tile, and behind scattered copies still longer.
-constexpr int kBlock = 2;          // tiles
-constexpr int kKeyLoader = 1;      // warp; the next loads V
-constexpr int kBegunTokens = 512;  // left to load of an item when the next may be claimed
+constexpr int kBlock = 2;                               // tiles
+constexpr int kKeyLoader = 1;                           // warp; the next loads V
+constexpr int kBegunTokens = 512;                       // left to load of an item when the next may be claimed
+constexpr int kFullArrivals = 32 + ptx::kWarpArrivals;  // that fill a buffer: one of the warp, and of what came by
+                                                        // cp.async an asynchronous one of every lane
 
 template <class C>
 struct Pages {
@@ -110,6 +112,18 @@ struct Turn {
   }
 };
 
+// Zeros into the 8-token groups in `groups`.
+template <class C>
+__device__ __forceinline__ void clear(uint32_t dst, uint32_t groups, int lane) {
+  constexpr int kBytes = C::Cached::kGroupBytes;
+#pragma unroll 1
+  for (; groups != 0; groups &= groups - 1) {
+    const uint32_t to = dst + (__ffs(groups) - 1) * kBytes + lane * 16;
+#pragma unroll
+    for (int i = 0; i < kBytes; i += 512) ptx::store_shared_16(to + i, make_uint4(0, 0, 0, 0));
+  }
+}
+
 // Copies the 8-token groups in `groups`, perhaps others beside them once more. `where`: the shared-memory address of
 // each token's distance from the pool in 16 bytes, at Turn::position; kNoToken past the chunk. Those get zeros, because
 // stale bytes may be NaN, and 0 * NaN in P.V would poison every row.
@@ -198,7 +212,7 @@ __device__ __forceinline__ void load_tile(const DecodeParams& p, const TensorMap
     if (lane == 0) {
       ptx::mbarrier_expect_tx(full, Tile::kBufferBytes);
       ptx::tma_load_5d(dst, b.maps + 2, full, ptx::kEvictFirst, 0, first, 0, 0, kv_head);
-      ptx::mbarrier_arrive(full, 33);
+      ptx::mbarrier_arrive(full, kFullArrivals);
     }
     return;
   }
@@ -213,10 +227,7 @@ __device__ __forceinline__ void load_tile(const DecodeParams& p, const TensorMap
     for (int i = 0; i < 4; ++i) boxes |= ((good >> (8 * i)) & 0xFF) == 0xFF ? 1u << (4 * g + i) : 0u;
     runs |= __all_sync(~0u, slot[g] == head + lane) ? 0xFu << (4 * g) : 0u;
   }
-  if (lane == 0) {
-    ptx::mbarrier_expect_tx(full, __popc(boxes) * Tile::kGroupBytes);
-    ptx::mbarrier_arrive(full);
-  }
+  if (lane == 0) ptx::mbarrier_expect_tx(full, __popc(boxes) * Tile::kGroupBytes);
   __syncwarp();
   if (boxes != 0) {
 #pragma unroll
@@ -235,8 +246,17 @@ __device__ __forceinline__ void load_tile(const DecodeParams& p, const TensorMap
   for (int g = 0; g < kGroups; ++g)
     b.scattered->where[g * 32 + Turn<C>::position(lane)] =
         slot[g] >= 0 ? static_cast<uint32_t>(slot[g]) * p.kv_slot_units + kv_head * p.kv_head_units : kNoToken;
-  __syncwarp();
-  load_scattered<C>(b.pool, dst, ptx::smem_address(b.scattered->where), ~(boxes | strided) & kAll, lane);
+  uint32_t past = 0;  // 8-token groups past the chunk: zeros
+  if (__any_sync(~0u, slot[kGroups - 1] < 0)) {
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      const uint32_t gone = __ballot_sync(~0u, slot[g] < 0);
+      past |= ((gone & 1) | (gone >> 7 & 2) | (gone >> 14 & 4) | (gone >> 21 & 8)) << (4 * g);
+    }
+    clear<C>(dst, past, lane);
+  }
+  ptx::mbarrier_warp_arrive(full, lane);
+  load_scattered<C>(b.pool, dst, ptx::smem_address(b.scattered->where), ~(boxes | strided | past) & kAll, lane);
   ptx::cp_async_mbarrier_arrive(full);
   __syncwarp();  // `scattered` is free again
 }
