@@ -176,7 +176,8 @@ __device__ __forceinline__ uint32_t load_strided(const DecodeParams& p, const Te
   }
   if (apart == 0) return 0;
   const bool keys = ptx::thread_id() / 32 == kKeyLoader;
-  const int map = strided_map(p, keys ? maps.strided_k : maps.strided_v, b.scattered->strides, !keys, step, lane);
+  const int map = strided_map(p, keys ? maps.strided_k : maps.strided_v, b.scattered->strides, !keys, step,
+                              8 * __popc(apart), lane);
   if (map < 0) return 0;
   if (lane == 0) {
     ptx::mbarrier_expect_tx(full, __popc(apart) * Tile::kGroupBytes);

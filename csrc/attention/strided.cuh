@@ -3,11 +3,14 @@
 //
 // A tensor map fixes its strides, and no host knows these. So a loader makes maps while it runs: a copy, in the
 // workspace, of one whose strides it replaces. kStrides of them a launch, each for good: copies in flight read them.
-// Other tokens that lie apart come by cp.async.
+// One takes as long as some dozens of copies, so only kApartTokens of a tile are a reason to make it. Other tokens that
+// lie apart come by cp.async.
 #pragma once
 #include "attention/tiles.cuh"
 
 namespace flashcore::decode {
+
+constexpr int kApartTokens = 64;
 
 // Where all of a lane's `slot` lie first + step * lane, step > 1: that step; else 0. The same for the whole warp.
 __device__ __forceinline__ int stride_of(int slot, int lane) {
@@ -15,12 +18,14 @@ __device__ __forceinline__ int stride_of(int slot, int lane) {
   return __all_sync(~0u, slot == first + step * lane) && step > 1 ? step : 0;
 }
 
-// Which map of p.work.maps is for boxes of 32 tokens `step` slots apart; -1: there is no room for one more. `strides`:
-// of the maps that this warp has made, [kStrides], 0 for none. `loader`: 0 or 1. By a whole warp.
+// Which map of p.work.maps is for boxes of 32 tokens `step` slots apart; -1: none, and `tokens` are too few to make
+// one, or there is no room. `strides`: of the maps that this warp has made, [kStrides], 0 for none. `loader`: 0 or 1.
+// By a whole warp.
 __device__ __forceinline__ int strided_map(const DecodeParams& p, const CUtensorMap& base, int* strides, int loader,
-                                           int step, int lane) {
+                                           int step, int tokens, int lane) {
   const int made = lane < kStrides ? strides[lane] : -1;
-  const uint32_t same = __ballot_sync(~0u, made == step), room = __ballot_sync(~0u, made == 0);
+  const uint32_t same = __ballot_sync(~0u, made == step),
+                 room = __ballot_sync(~0u, made == 0 && tokens >= kApartTokens);
   if ((same | room) == 0 || !p.strided) return -1;
   const int at = __ffs(same != 0 ? same : room) - 1, index = (blockIdx.x * 2 + loader) * kStrides + at;
   if (same == 0) {

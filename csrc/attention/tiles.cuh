@@ -61,7 +61,7 @@ struct None {};
 template <class C>
 struct Scattered {
   alignas(16) uint32_t where[C::kTile];  // of a tile's tokens that no box holds (load_scattered)
-  int strides[kStrides];     // of the maps it has made (strided.cuh)
+  int strides[kStrides];                 // of the maps it has made (strided.cuh)
 };
 
 template <class C>
