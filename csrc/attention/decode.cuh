@@ -9,7 +9,8 @@
 // Grid: one CTA per SM, 384 threads; over an e4m3 cache 512.
 //   warp 0           feeder: claims items and posts them to a ring.
 //   warps 1, 2       K and V loaders: a tile in one TMA box if its slots are consecutive, else 32 or 8 consecutive
-//                    slots by a box and anything else by cp.async. Page indices are asked for two tiles ahead.
+//                    slots, or 32 a constant step apart (strided.cuh), by a box and anything else by cp.async. Page
+//                    indices are asked for two tiles ahead.
 //   warp 3           q loader: the item's q_rows, and where their results go.
 //   warps 4-7, 8-11  two consumer warpgroups (224 registers), 64 q_rows each. Wide item (> 64 q_rows): both work on
 //                    every tile. Narrow item: one of them, in turn, so that an epilogue overlaps the other's products.
