@@ -33,7 +33,7 @@ struct Piece {
   int from, full;  // tokens [from, full) are seen by every q_row of the tile
   int rows;        // q_rows of the tile that read it: first | end << 16
   int gathered;    // 1 + where `begin` lies in the gathered K and V; 0: they are read in the pool
-  int pad;
+  int loaded;      // tokens that are there to be loaded, those that no q_row sees too; behind them zeros are put
 };
 
 // A segment whose K and V are first copied to consecutive slots: so many q_rows read it, in runs so short; or all

@@ -28,7 +28,7 @@ __device__ __forceinline__ Pages<C> load_pages(const Params& p, const Piece& pie
   for (int k = 0; k < C::kTile / 32; ++k) {
     const int t = token + k * 32 + lane;
     const int entry = piece.entry + ((offset + t) >> p.page_shift);
-    r.of[k] = t < piece.tokens && piece.gathered == 0 ? __ldg(p.table + min(max(entry, 0), p.table_entries - 1)) : 0;
+    r.of[k] = t < piece.loaded && piece.gathered == 0 ? __ldg(p.table + min(max(entry, 0), p.table_entries - 1)) : 0;
   }
   return r;
 }
@@ -49,7 +49,7 @@ __device__ __forceinline__ void plan_tile(const Params& p, SharedStorage<C>& s, 
     const uint32_t in_pool = (static_cast<uint32_t>(pages.of[k]) << p.page_shift) + ((offset + t) & page_mask);
     const bool valid = pages.of[k] >= 0 && pages.of[k] <= (p.num_slots - 1) >> p.page_shift &&
                        in_pool < static_cast<uint32_t>(p.num_slots);
-    const int slot = t >= piece.tokens ? -1 : valid ? static_cast<int>(in_pool) : p.num_slots - 1;
+    const int slot = t >= piece.loaded ? -1 : valid ? static_cast<int>(in_pool) : p.num_slots - 1;
     if (k == 0) start = __shfl_sync(~0u, slot, 0);
     consecutive = consecutive && slot >= 0 && slot == start + k * 32 + lane;
     const int leader = __shfl_sync(~0u, slot, lane & ~7);
@@ -91,10 +91,9 @@ __device__ __forceinline__ void plan_end(SharedStorage<C>& s, const Ring<kPlanne
 
 // Eight words, one per lane from `at` on, to all lanes.
 __device__ __forceinline__ Piece piece_of(int word, int at) {
-  return {__shfl_sync(~0u, word, at),     __shfl_sync(~0u, word, at + 1),
-          __shfl_sync(~0u, word, at + 2), __shfl_sync(~0u, word, at + 3),
-          __shfl_sync(~0u, word, at + 4), __shfl_sync(~0u, word, at + 5),
-          __shfl_sync(~0u, word, at + 6), 0};
+  return {__shfl_sync(~0u, word, at),     __shfl_sync(~0u, word, at + 1), __shfl_sync(~0u, word, at + 2),
+          __shfl_sync(~0u, word, at + 3), __shfl_sync(~0u, word, at + 4), __shfl_sync(~0u, word, at + 5),
+          __shfl_sync(~0u, word, at + 6), __shfl_sync(~0u, word, at + 7)};
 }
 
 template <class C>

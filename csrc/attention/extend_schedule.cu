@@ -25,7 +25,7 @@ constexpr int kLengths = 64, kParts = 64;  // buckets of the sort: by length, by
 constexpr int kBuckets = kLengths * kParts;
 constexpr int kGatherTokens = 256;      // a shorter segment is not worth it
 constexpr int kGatherRun = 64;          // mean tokens of a run; longer ones are boxes that are large enough
-constexpr int64_t kL2Bytes = 32 << 20;  // K and V that stay in the L2 while they are read
+constexpr int64_t kL2Bytes = 16 << 20;  // K and V that stay in the L2 while they are read: each half of it keeps a copy
 constexpr int kCandidates = 8, kMinChunkTiles = 4;
 constexpr float kItemTiles = 1.5f, kChunkTiles = 2.f;  // what an item, and a partial result, cost besides: in KV tiles
 
@@ -306,6 +306,12 @@ __device__ __forceinline__ int2 tokens_in(const ScheduleParams& p, const Shared&
                    min(q_len_of(s, k), (r.q_row + r.q_rows - 1) / p.ratio + 1 - s.q_begin[k]));
 }
 
+// A tile of consecutive slots is one box only if it is full. So it is filled with what comes next, where `there` tokens
+// are: the rest is masked.
+__device__ __forceinline__ int loaded_tokens(const ScheduleParams& p, int tokens, int there) {
+  return max(tokens, min(ceil_div(tokens, p.tile_tokens) * p.tile_tokens, there));
+}
+
 // One row: its own part of the page table, up to what its last token sees.
 __device__ __forceinline__ Piece lone_piece(const ScheduleParams& p, const Shared& s, const TileRange& r) {
   const int2 t = tokens_in(p, s, r, r.first);
@@ -317,6 +323,7 @@ __device__ __forceinline__ Piece lone_piece(const ScheduleParams& p, const Share
   piece.from = p.window_left >= 0 ? begin_of(p, s, r.first, t.y - 1) - piece.begin : 0;
   piece.full = min(max(full_of(p, s, r.first, t.x) - piece.begin, 0), piece.tokens);
   piece.rows = r.q_rows << 16;
+  piece.loaded = loaded_tokens(p, piece.tokens, s.seq_len[r.first] - piece.begin);
   return piece;
 }
 
@@ -360,6 +367,7 @@ __device__ __forceinline__ void visit_pieces(const ScheduleParams& p, const Shar
       piece.full = from == 0 && to == r.q_rows ? min(max(least - seg.begin, 0), piece.tokens) : 0;
       piece.rows = from | to << 16;
       piece.gathered = gathered_slot(s, l.row_segments[e]);
+      piece.loaded = loaded_tokens(p, piece.tokens, seg.end_token - seg.begin);
       visit(piece);
     }
   }
