@@ -1,5 +1,6 @@
 // Consumer warpgroups: the KV tiles of an item through the two products (products.cuh), masks, and results.
 #pragma once
+#include "attention/extend_softmax.cuh"
 #include "attention/extend_tiles.cuh"
 #include "attention/products.cuh"
 
@@ -370,7 +371,8 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage<C>& s) {
 
   const uint32_t q_smem = ptx::smem_address(s.q[warpgroup_id()]);
   uint32_t q[C::kQInRegisters ? C::kHeadDim / 16 : 1][4], probs[kTile / 16][4];
-  float scores[kTile / 2], alpha[2];
+  float scores[kTile / 2];
+  Softmax<C> softmax;
   Accumulators<C> acc;
   Ahead<C> ahead;
   Rows rows = load_rows<C>(p, s.items[item]);
@@ -389,10 +391,7 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage<C>& s) {
   release<C>(s, ring, signals);
   leave_q<C>(s, flags);
   mask_and_cap<C>(p, s.items[item], s.tiles[tile], flags, scores, rows, scales);
-  decode::softmax_rows<C, kTile>(scales.of(p), scores, acc, alpha);
-  ahead.look(s, ring, tile);
-  ahead.read(s);
-  decode::round_probs<C, kTile>(probs, scores);
+  softmax(scales.of(p), scores, probs, acc, [&] { ahead.look(s, ring, tile); }, [&](bool) { ahead.read(s); });
 
 #pragma unroll 1
   while (true) {
@@ -428,20 +427,21 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage<C>& s) {
       reset<C>(acc);
     }
     mask_and_cap<C>(p, s.items[item % kItems], s.tiles[tile], flags, scores, rows, scales);
-    const bool grew = decode::softmax_rows<C, kTile>(scales.of(p), scores, acc, alpha);
     const Ring<C::kBuffers> v_ring = ahead.v;
-    ahead.look(s, ring, tile);
-    if (!first) {
-      ptx::wgmma_wait<0>();
-      ptx::wgmma_touch(acc.o);
-      release<C>(s, v_ring, signals);
-      if (grew) {
+    softmax(
+        scales.of(p), scores, probs, acc, [&] { ahead.look(s, ring, tile); },
+        [&](bool grew) {
+          if (!first) {
+            ptx::wgmma_wait<0>();
+            ptx::wgmma_touch(acc.o);
+            release<C>(s, v_ring, signals);
+            if (grew) {
 #pragma unroll
-        for (int i = 0; i < C::kHeadDim / 2; ++i) acc.o[i] *= alpha[(i >> 1) & 1];
-      }
-    }
-    ahead.read(s);
-    decode::round_probs<C, kTile>(probs, scores);
+              for (int i = 0; i < C::kHeadDim / 2; ++i) acc.o[i] *= softmax.alpha[(i >> 1) & 1];
+            }
+          }
+          ahead.read(s);
+        });
   }
   see_scattered<C>(flags);
   ptx::wgmma_touch(acc.o);
