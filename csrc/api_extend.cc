@@ -13,6 +13,8 @@ namespace flashcore::extend {
 namespace {
 
 constexpr int64_t kMaxTokens = 1 << 20;
+// token_at is exact for the q_rows of so many tokens, and those past the end of the last tile.
+static_assert((kMaxTokens * kNarrowRows + 64 * kMaxWarpgroups) * (kNarrowRows - 1) < int64_t{1} << 32);
 
 // `e4m3`: of the cache, 0 or 1.
 WorkspaceLayout checked_layout(int64_t max_rows, int64_t max_tokens, int64_t heads, int64_t kv_heads, int64_t head_dim,
@@ -157,6 +159,7 @@ void extend(TensorView q, TensorView k_cache, TensorView v_cache, TensorView tab
     p.custom_mask = static_cast<const uint8_t*>(m.data_ptr());
     p.mask_size = m.numel();
   }
+  p.ratio_inverse = p.ratio > 1 ? static_cast<uint32_t>(((uint64_t{1} << 32) + p.ratio - 1) / p.ratio) : 0;
   p.page_shift = page_shift_of(page_size);
   p.table_entries = table.numel();
   p.windowed = windowed != 0;

@@ -52,7 +52,7 @@ __device__ __forceinline__ void release(SharedStorage<C>& s, const Ring<C::kBuff
 
 // The packed token of a row of the tile, or null where the tile has no such row.
 __device__ __forceinline__ const Token* token_of(const Params& p, const Item& item, int row) {
-  return row < item.q_rows ? p.work.tokens + (item.q_row + row) / p.ratio : nullptr;
+  return row < item.q_rows ? p.work.tokens + token_at(p, item.q_row + row) : nullptr;
 }
 
 // What a consumer keeps of its item, of the thread's two rows.
@@ -154,11 +154,15 @@ __device__ __forceinline__ void store_out(const Params& p, const Item& item, Acc
   using T = typename C::T;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int head = item.kv_head * p.ratio + (item.q_row + first_row() + 8 * r) % p.ratio;
+    const int q_row = item.q_row + first_row() + 8 * r;
+    const int head = item.kv_head * p.ratio + q_row - token_at(p, q_row) * p.ratio;
     float sum = acc.sum[r];
     if (p.sinks != nullptr)
       sum += ptx::exp2_approx(p.sinks[head] * decode::kLog2e - acc.max[r] * scales.of(p).scale_log2);
-    const float inverse = acc.max[r] == -INFINITY ? 0.f : scales.of_v(p, item) / sum;
+    // With a converter, the reciprocal would cost spilled registers.
+    const float inverse = acc.max[r] == -INFINITY ? 0.f
+                          : C::kConverts          ? scales.of_v(p, item) / sum
+                                                  : scales.of_v(p, item) * ptx::rcp_approx(sum);
     T* out = static_cast<T*>(p.out) + indices[r] * p.out_row_stride + head * C::kHeadDim + (ptx::thread_id() & 3) * 8;
 #pragma unroll
     for (int j = 0; j < C::kHeadDim / 8; j += 4) {
@@ -260,10 +264,11 @@ __device__ __forceinline__ Rows load_rows(const Params& p, const Item& item) {
   Rows rows;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const Token* token = token_of(p, item, first_row() + 8 * r);
-    rows.ends[r] = token != nullptr ? __ldg(&token->end) : 0;
+    const int row = first_row() + 8 * r, at = token_at(p, item.q_row + min(row, item.q_rows - 1));
+    const Token* token = p.work.tokens + at;
+    rows.ends[r] = row < item.q_rows ? __ldg(&token->end) : 0;
     // d 256 has no registers left for it, and asks again at the end.
-    if constexpr (C::kQInRegisters) rows.indices[r] = token != nullptr ? __ldg(&token->index) : -1;
+    if constexpr (C::kQInRegisters) rows.indices[r] = row < item.q_rows ? __ldg(&token->index) : -1;
   }
   return rows;
 }
@@ -336,12 +341,14 @@ template <class C>
 struct Ahead {
   Ring<C::kBuffers> v, k;
   int tile;
-  uint32_t flags;
+  uint32_t flags, v_smem, k_smem;
   bool ready;  // both are there
 
   __device__ __forceinline__ void look(SharedStorage<C>& s, const Ring<C::kBuffers>& ring, int current) {
     v = ring.next();
     k = v.next();
+    v_smem = ptx::smem_address(s.buffers[v.slot()]);
+    k_smem = ptx::smem_address(s.buffers[k.slot()]);
     tile = (current + 1) % kTiles;
     const bool v_ready = test_full<C>(s, v), k_ready = test_full<C>(s, k);
     ready = v_ready && k_ready;
@@ -396,34 +403,37 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage<C>& s) {
 #pragma unroll 1
   while (true) {
     ahead.wait(s);
-    if (ahead.flags & kEnd) break;
     const uint32_t v_flags = flags;
+    const bool first = v_flags & kLast;
+    if ((ahead.flags & (kEnd | kScattered)) | (v_flags & (kLast | kScattered))) {  // one question for most tiles
+      if (ahead.flags & kEnd) break;
+      if (first) take_q<C>(p, s, q, item + 1);
+      see_scattered<C>(ahead.flags | v_flags);
+    }
     flags = ahead.flags;
     tile = ahead.tile;
     ring = ahead.k;
-    const bool first = v_flags & kLast;
-    if (first || ((flags | v_flags) & kScattered)) {
-      if (first) take_q<C>(p, s, q, item + 1);
-      see_scattered<C>(flags | v_flags);
-    }
     ptx::wgmma_touch(scores);
     ptx::wgmma_touch(acc.o);
     ptx::wgmma_fence();
-    decode::issue_qk<C, kTile>(scores, q, q_smem, ptx::smem_address(s.buffers[ring.slot()]));
-    decode::issue_pv<C, kTile>(acc.o, probs, ptx::smem_address(s.buffers[ahead.v.slot()]));
+    decode::issue_qk<C, kTile>(scores, q, q_smem, ahead.k_smem);
+    decode::issue_pv<C, kTile>(acc.o, probs, ahead.v_smem);
     ptx::wgmma_wait<1>();
     // scores are there; P V of the tile before runs on under the softmax
     ptx::wgmma_touch(scores);
     release<C>(s, ring, signals);
     leave_q<C>(s, flags);
     if (first) {
+      Rows next;
+      if constexpr (!C::kConverts) next = load_rows<C>(p, s.items[(item + 1) % kItems]);
       ptx::wgmma_wait<0>();
       ptx::wgmma_touch(acc.o);
       release<C>(s, ahead.v, signals);
       finish_item<C>(p, s, s.items[item % kItems], acc, rows, scales);
       ++item;
       scales.take(p, s.items[item % kItems]);
-      rows = load_rows<C>(p, s.items[item % kItems]);
+      if constexpr (C::kConverts) next = load_rows<C>(p, s.items[item % kItems]);  // has no registers for it before
+      rows = next;
       reset<C>(acc);
     }
     mask_and_cap<C>(p, s.items[item % kItems], s.tiles[tile], flags, scores, rows, scales);
@@ -446,7 +456,7 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage<C>& s) {
   see_scattered<C>(flags);
   ptx::wgmma_touch(acc.o);
   ptx::wgmma_fence();
-  decode::issue_pv<C, kTile>(acc.o, probs, ptx::smem_address(s.buffers[ahead.v.slot()]));
+  decode::issue_pv<C, kTile>(acc.o, probs, ahead.v_smem);
   ptx::wgmma_wait<0>();
   ptx::wgmma_touch(acc.o);
   finish_item<C>(p, s, s.items[item % kItems], acc, rows, scales);

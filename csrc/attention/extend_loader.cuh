@@ -64,7 +64,7 @@ __device__ __forceinline__ void load_q(const Params& p, SharedStorage<C>& s, con
   const int q_rows = item.q_rows, q_row = item.q_row;
 #pragma unroll 1
   for (int first = loader * 32; first < q_rows; first += kLoaders * 32) {
-    const int mine = q_row + first + lane, token = mine / p.ratio, head = mine - token * p.ratio;
+    const int mine = q_row + first + lane, token = token_at(p, mine), head = mine - token * p.ratio;
     const int index = first + lane < q_rows ? __ldg(&p.work.tokens[token].index) : -1;
     const int offset = index >= 0 ? static_cast<int>(index * p.q_row_stride) + head * C::kHeadDim : -1;
 #pragma unroll 4

@@ -188,6 +188,7 @@ struct Params {
   bool converted;  // k and v are what was gathered of an e4m3 cache; the header says whether this launch serves
   float scale_log2, logit_cap, cap_scale_log2;  // as in DecodeParams
   CacheScales cache;
+  uint32_t ratio_inverse;  // 2^32 / ratio, rounded up; 0 for 1
 };
 
 void launch_schedule(const ScheduleParams&, cudaStream_t);

@@ -43,6 +43,11 @@ struct Traits {
 
 constexpr int kLoaders = 3;  // warps
 
+// The packed token of a q_row: q_row / ratio, exact for q_row < 2^32 / (ratio - 1), so for all (api_extend.cc).
+__device__ __forceinline__ int token_at(const Params& p, int q_row) {
+  return p.ratio == 1 ? q_row : static_cast<int>(__umulhi(static_cast<uint32_t>(q_row), p.ratio_inverse));
+}
+
 // What the loaders and the consumers are told of a KV tile. Both lie in rings of shared memory.
 struct Load {
   int first;       // slot of the first token if all are consecutive, else -1

@@ -66,6 +66,9 @@ def test_sizes_that_are_served_have_a_workspace(name: str, sizes: dict[str, int]
         ("extend", EXTEND_SIZES, {"head_dim": 96}, "head_dim: want 64, 128 or 256, got 96"),
         ("extend", EXTEND_SIZES, {"max_rows": 0}, "max_rows: want 1"),
         ("extend", EXTEND_SIZES, {"max_tokens": 0}, "max_tokens: want 1"),
+        # The bounds within which a q_row's token is found by a multiplication.
+        ("extend", EXTEND_SIZES, {"max_tokens": (1 << 20) + 1}, r"max_tokens: want 1 \.\. 1048576, got 1048577"),
+        ("extend", EXTEND_SIZES, {"heads": 65, "kv_heads": 1}, "heads: want a multiple of kv_heads, at most 64 times"),
     ],
 )
 def test_sizes_that_are_not_served_are_named(
