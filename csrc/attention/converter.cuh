@@ -10,31 +10,28 @@ namespace flashcore::decode {
 
 constexpr int kConverterThread = 384;  // first of the warpgroup
 
-// One tile from shared memory at `from` to `to`; kPart: only its first `tokens`, and some beyond. A warp takes eight
-// rows and four of their 16-byte chunks at a time: eight lanes read, and write, a chunk of eight rows, which the
-// swizzles spread over all banks. The other four chunks of a line, and the second half of a chunk's sixteen values, lie
-// an exclusive or further. A short loop: in a cold launch each line of code comes from memory.
-template <class C, bool kPart = false>
-__device__ __forceinline__ void convert_tile(uint32_t from, uint32_t to, int tokens = C::kTile) {
+// One tile from shared memory at `from` to `to`. A warp takes eight rows and four of their 16-byte chunks at a time:
+// eight lanes read, and write, a chunk of eight rows, which the swizzles spread over all banks. The other four chunks
+// of a line, and the second half of a chunk's sixteen values, lie an exclusive or further. A short loop: in a cold
+// launch each line of code comes from memory.
+template <class C>
+__device__ __forceinline__ void convert_tile(uint32_t from, uint32_t to) {
   using Tile = typename C::Cached;
   constexpr int kParts = Tile::kChunks / 4, kGroups = C::kTile / 8 / 4;  // of four chunks of a row; of a warp
   constexpr int kAtOnce = kParts == 1 && kGroups % 2 == 1 ? 1 : 2, kGroupsAtOnce = kParts == 1 ? kAtOnce : 1;
-  constexpr int kStep = kPart ? 4 : 1,
-                kFirst = kPart ? 1 : kGroups;  // groups to a warp's next; to the next warp's first
   static_assert(kGroups % kGroupsAtOnce == 0);
   const int warp = ptx::thread_id() / 32 % 4, lane = ptx::thread_id() % 32;
-  from += tile_offset<Tile>(warp * kFirst * 8 + (lane & 7), lane / 8);
-  to += tile_offset<C>(warp * kFirst * 8 + (lane & 7), lane / 8 * 2);
+  from += tile_offset<Tile>(warp * kGroups * 8 + (lane & 7), lane / 8);
+  to += tile_offset<C>(warp * kGroups * 8 + (lane & 7), lane / 8 * 2);
 #pragma unroll 2
-  for (int row = 0; row < kGroups * kStep * 8; row += kGroupsAtOnce * kStep * 8) {
-    if (kPart && row + warp * 8 >= tokens) break;
+  for (int group = 0; group < kGroups; group += kGroupsAtOnce) {
 #pragma unroll
     for (int first = 0; first < kGroupsAtOnce * kParts; first += kAtOnce) {
       uint4 x[kAtOnce];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         const int ahead = (first + i) / kParts, part = (first + i) % kParts;
-        x[i] = ptx::load_shared_16((from ^ (part % 2 * 64)) + ahead * kStep * Tile::kGroupBytes + part / 2 * 1024);
+        x[i] = ptx::load_shared_16((from ^ (part % 2 * 64)) + ahead * Tile::kGroupBytes + part / 2 * 1024);
       }
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
@@ -46,31 +43,13 @@ __device__ __forceinline__ void convert_tile(uint32_t from, uint32_t to, int tok
 #pragma unroll
           for (int j = 0; j < 4; ++j)
             y[j] = ptx::e4m3x2_to_fp16x2(static_cast<uint16_t>(words[half * 2 + j / 2] >> (16 * (j % 2))));
-          ptx::store_shared_16((to ^ (half * 16)) + ahead * kStep * C::kGroupBytes + part * 1024,
+          ptx::store_shared_16((to ^ (half * 16)) + ahead * C::kGroupBytes + part * 1024,
                                make_uint4(y[0], y[1], y[2], y[3]));
         }
       }
     }
-    from += kGroupsAtOnce * kStep * Tile::kGroupBytes;
-    to += kGroupsAtOnce * kStep * C::kGroupBytes;
-  }
-}
-
-// Zeros into the rows of a tile at `to` from `tokens` on.
-template <class C>
-__device__ __forceinline__ void clear_rows(uint32_t to, int tokens) {
-  const int warp = ptx::thread_id() / 32 % 4, lane = ptx::thread_id() % 32;
-  to += tile_offset<C>(warp * 8 + (lane & 7), lane / 8 * 2);
-#pragma unroll 1
-  for (int row = warp * 8 + (lane & 7); row < C::kTile; row += 32) {
-    if (row >= tokens) {
-#pragma unroll
-      for (int part = 0; part < C::Cached::kChunks / 4; ++part) {
-        ptx::store_shared_16(to + part * 1024, make_uint4(0, 0, 0, 0));
-        ptx::store_shared_16((to ^ 16) + part * 1024, make_uint4(0, 0, 0, 0));
-      }
-    }
-    to += 4 * C::kGroupBytes;
+    from += kGroupsAtOnce * Tile::kGroupBytes;
+    to += kGroupsAtOnce * C::kGroupBytes;
   }
 }
 
@@ -88,12 +67,7 @@ __device__ __forceinline__ void convert_kv(SharedStorage<C>& s) {
     ptx::mbarrier_wait(ptx::smem_address((of & 1 ? v_barriers : k_barriers) + at), (of / 2 & buffers) == 0);
   };
   while (true) {
-    int left;  // tokens, or tiles
-    if constexpr (C::kConverterClears) {
-      left = __shfl_sync(~0u, wait_item<C>(s, read).num_tokens, 0);
-    } else {
-      left = __shfl_sync(~0u, 2 * tiles_of<C>(wait_item<C>(s, read)), 0);
-    }
+    int left = __shfl_sync(~0u, 2 * tiles_of<C>(wait_item<C>(s, read)), 0);
     if (left <= 0) return;
     if (kKeys < kValues) wait_before(n, s.k_full, s.v_full);  // else implied: a tile's K is converted before its V
     wait_before(n + 1, s.k_full, s.v_full);
@@ -101,17 +75,15 @@ __device__ __forceinline__ void convert_kv(SharedStorage<C>& s) {
     if (ptx::thread_id() == kConverterThread) ptx::mbarrier_arrive(ptx::smem_address(&s.item_started[read.slot()]), 2);
     finish_item<C>(s, read, ptx::thread_id() % 32);
 #pragma unroll 1
-    for (; left > 0; left -= C::kConverterClears ? (n & 1) * C::kTile : 1, ++n) {
+    for (; left > 0; --left, ++n) {
       const bool v = n & 1;
       const uint32_t buffers = v ? kValues : kKeys, from = n / 2 % kCached, to = n / 2 & (buffers - 1);
       wait_before(n, s.k_empty, s.v_empty);
       if (ptx::thread_id() == kConverterThread)  // of this tile's
         ptx::store_release(ptx::smem_address(&s.issued[v]), (n / 2 + 1) & (2 * buffers - 1));
       ptx::mbarrier_wait(ptx::smem_address(v ? &b.v_full[from] : &b.k_full[from]), n / 2 / kCached & 1);
-      convert_tile<C, C::kConverterClears>(ptx::smem_address(v ? s.cached.v[from] : s.cached.k[from]),
-                                           ptx::smem_address(v ? s.v[to] : s.k[to]), left);
-      if (C::kConverterClears && v && left < C::kTile)
-        clear_rows<C>(ptx::smem_address(s.v[to]), left);  // K's scores are hidden there
+      convert_tile<C>(ptx::smem_address(v ? s.cached.v[from] : s.cached.k[from]),
+                      ptx::smem_address(v ? s.v[to] : s.k[to]));
       ptx::fence_proxy_async();
       ptx::mbarrier_warp_arrive(ptx::smem_address(v ? &s.v_full[to] : &s.k_full[to]), ptx::thread_id() % 32);
       ptx::mbarrier_warp_arrive(ptx::smem_address(v ? &b.v_empty[from] : &b.k_empty[from]), ptx::thread_id() % 32);

@@ -191,9 +191,8 @@ __device__ __forceinline__ uint32_t load_strided(const DecodeParams& p, const Te
   return apart;
 }
 
-// One tile. `shallow`: one buffer stays empty. `slot`: of the lane's tokens 32 g +
-// lane, -1 past the chunk. What lies there is zeros for V, because stale bytes may be NaN, and 0 * NaN in P V would
-// poison every row; anything for K, whose scores are hidden, and where a converter makes the zeros.
+// One tile. `shallow`: one buffer stays empty. `slot`: of the lane's tokens 32 g + lane, -1 past the chunk. A full
+// barrier counts one arrival of the warp and, for what came by cp.async, one of every lane.
 template <class C>
 __device__ __forceinline__ void load_tile(const DecodeParams& p, const TensorMaps& maps, Buffers<C>& b,
                                           const int (&slot)[Pages<C>::kGroups], int kv_head, bool shallow, int lane) {
@@ -207,29 +206,18 @@ __device__ __forceinline__ void load_tile(const DecodeParams& p, const TensorMap
   }
   if (shallow) ptx::mbarrier_wait(b.empty + b.slot * 8, b.phase ^ 1);
   const int first = __shfl_sync(~0u, slot[0], 0);
-  const bool needs_zeros = !C::kConverterClears && (C::kConverts || ptx::thread_id() / 32 != kKeyLoader);
   bool run = true;
 #pragma unroll
-  for (int g = 0; g < kGroups; ++g) run &= slot[g] == first + g * 32 + lane || (slot[g] < 0 && !needs_zeros);
-  constexpr uint32_t kAll = ~0u >> (32 - 4 * kGroups);
+  for (int g = 0; g < kGroups; ++g) run &= slot[g] == first + g * 32 + lane;
   if (__all_sync(~0u, run)) {
-    int boxes = 0;
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) boxes += __any_sync(~0u, slot[g] >= 0);
     if (lane == 0) {
-      ptx::mbarrier_expect_tx(full, boxes * 4 * Tile::kGroupBytes);
-      if (boxes == kGroups) {
-        ptx::tma_load_5d(dst, b.maps + 2, full, ptx::kEvictFirst, 0, first, 0, 0, kv_head);
-      } else {
-#pragma unroll 1
-        for (int i = 0; i < boxes; ++i)
-          ptx::tma_load_5d(dst + i * 4 * Tile::kGroupBytes, b.maps + 1, full, ptx::kEvictFirst, 0, first + i * 32, 0, 0,
-                           kv_head);
-      }
+      ptx::mbarrier_expect_tx(full, Tile::kBufferBytes);
+      ptx::tma_load_5d(dst, b.maps + 2, full, ptx::kEvictFirst, 0, first, 0, 0, kv_head);
       ptx::mbarrier_arrive(full, kFullArrivals);
     }
     return;
   }
+  constexpr uint32_t kAll = ~0u >> (32 - 4 * kGroups);
   const uint32_t strided = load_strided<C>(p, maps, b, slot, full, dst, kv_head, lane);
   uint32_t boxes = 0, runs = 0;  // 8-token groups that lie in a row; those of them that a box of 32 takes
 #pragma unroll
@@ -259,14 +247,14 @@ __device__ __forceinline__ void load_tile(const DecodeParams& p, const TensorMap
   for (int g = 0; g < kGroups; ++g)
     b.scattered->where[g * 32 + Turn<C>::position(lane)] =
         slot[g] >= 0 ? static_cast<uint32_t>(slot[g]) * p.kv_slot_units + kv_head * p.kv_head_units : kNoToken;
-  uint32_t past = 0;  // 8-token groups past the chunk
+  uint32_t past = 0;  // 8-token groups past the chunk: zeros
   if (__any_sync(~0u, slot[kGroups - 1] < 0)) {
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
       const uint32_t gone = __ballot_sync(~0u, slot[g] < 0);
       past |= ((gone & 1) | (gone >> 7 & 2) | (gone >> 14 & 4) | (gone >> 21 & 8)) << (4 * g);
     }
-    if (needs_zeros) clear<C>(dst, past, lane);
+    clear<C>(dst, past, lane);
   }
   ptx::mbarrier_warp_arrive(full, lane);
   load_scattered<C>(b.pool, dst, ptx::smem_address(b.scattered->where), ~(boxes | strided | past) & kAll, lane);

@@ -28,10 +28,7 @@ struct Traits {
   static constexpr int kKBuffers = kConverts ? 256 / kHeadDim : kHeadDim == 64 ? 6 : 3;
   static constexpr int kVBuffers = kHeadDim == 256 ? 2 : kKBuffers;
   static constexpr int kCachedBuffers = kHeadDim == 64 ? 4 : 2;  // each of K and V
-  // Whether a converter leaves out what lies past an item's end, and makes the zeros there; d 256 has no register for
-  // it.
-  static constexpr bool kConverterClears = kConverts && kHeadDim <= 128;
-  static constexpr bool kQInRegisters = kHeadDim <= 128;  // d 256 has no registers left for it
+  static constexpr bool kQInRegisters = kHeadDim <= 128;         // d 256 has no registers left for it
   static constexpr int kRowBytes = kHeadDim * 2;
   static constexpr int kGroupBytes = 8 * kRowBytes;  // 8 tokens (or q_rows)
   static constexpr int kBufferBytes = kTile * kRowBytes;
@@ -41,10 +38,8 @@ struct Traits {
   static constexpr int kPvColumns = kConverts ? std::min(kHeadDim, 128) : kHeadDim;
   using Cached = TileShape<kTile, kConverts ? kHeadDim : kRowBytes>;  // what the loaders bring
   static constexpr int kThreads = kConverts ? 512 : 384;
-  // d 64 has a smaller O.
-  static constexpr int kConsumerRegisters = kConverts && kHeadDim == 64 ? 216 : 224;
-  static constexpr int kProducerRegisters = !kConverts ? 56 : kHeadDim == 64 ? 48 : 40;
-  static constexpr int kConverterRegisters = !kConverts ? 0 : kHeadDim == 64 ? 32 : 24;
+  static constexpr int kProducerRegisters = kConverts ? 40 : 56, kConverterRegisters = kConverts ? 24 : 0;
+  static constexpr int kConsumerRegisters = 224;
   // setmaxnreg moves registers inside what the CTA was launched with; asking for more waits forever.
   static_assert(128 * (kProducerRegisters + kConverterRegisters) + 256 * kConsumerRegisters <=
                 65536 / kThreads / 8 * 8 * kThreads);
