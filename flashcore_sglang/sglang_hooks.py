@@ -72,6 +72,7 @@ def create_draft_backend(
         def make() -> Any:
             from flashcore_sglang import draft_backend
 
+            _tell_context_length()
             steps = delegate.__name__ == STEPS_MAKER
             if delegates(factory.draft_model_runner, "steps" if steps else "extends"):
                 return delegate()
@@ -116,6 +117,22 @@ def _hook_captures() -> None:
     target = "sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker._capture_cuda_graphs"
     HookRegistry.register(target, capture_draft_graphs, HookType.AROUND)
     HookRegistry.apply_hooks()
+
+
+class _ContextLength:
+    """Of the decode backend, where the instance has none of its own."""
+
+    def __get__(self, hybrid: Any, owner: type) -> Any:
+        return self if hybrid is None else hybrid.decode_backend.max_context_len
+
+
+def _tell_context_length() -> None:
+    """SGLang's EAGLE asks the verifying model's backend for it where trees of drafts have no buffer. In 0.5.16 what stands
+    before one backend for prefill and another for decode has none."""
+    from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
+
+    if not hasattr(HybridAttnBackend, "max_context_len"):
+        HybridAttnBackend.max_context_len = _ContextLength()
 
 
 def adjust_for_model(server_args: Any, step: Callable[[Any], None]) -> None:

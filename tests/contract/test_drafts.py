@@ -304,6 +304,16 @@ def test_sglangs_factory_makes_ours(sglangs_factory, caplog):
     assert hasattr(worker._capture_cuda_graphs, "__wrapped__"), "hooked, as its extends are to be captured"
 
 
+def test_a_backend_before_another_for_prefill_knows_the_context_length(sglangs_factory):
+    from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
+
+    runner = draft_runner(2)
+    sglangs_factory(runner).create_decode_backend()
+    hybrid = HybridAttnBackend.__new__(HybridAttnBackend)
+    hybrid.decode_backend = FlashCoreSparseBackend(runner)
+    assert hybrid.max_context_len == runner.model_config.context_len  # eagle_worker_common asks for it
+
+
 def test_sglangs_factory_makes_fa3_for_what_is_not_served(sglangs_factory, caplog, monkeypatch):
     runner = draft_runner(2)
     runner.model[0].sliding_window_size = 100

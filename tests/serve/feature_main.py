@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ports import own_port
 from spec_main import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, LAYERS, TOKENS, make_model
 from ties import ASK, best_two
 
@@ -105,6 +106,7 @@ def main() -> None:
         max_running_requests=REQUESTS,
         random_seed=1,
         log_level="info",
+        nccl_port=own_port(),
         **arguments,
     )
     generator = torch.Generator().manual_seed(3)

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from typing import Any
 
+from ports import own_port
 from ties import ASK, best_two
 
 COMMON = {"speculative_algorithm": "STANDALONE", "speculative_num_steps": 3}
@@ -86,6 +87,7 @@ def main() -> None:
         max_running_requests=4,
         random_seed=1,
         log_level="info",
+        nccl_port=own_port(),
         **variant,
     )
     drafts = "speculative_algorithm" in variant

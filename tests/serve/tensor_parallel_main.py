@@ -11,6 +11,7 @@ import json
 import sys
 import tempfile
 
+from ports import own_port
 from spec_main import answers_of, make_model
 from ties import ASK, best_two
 
@@ -30,6 +31,7 @@ def main() -> None:
         mem_fraction_static=0.3,
         random_seed=1,
         log_level="info",
+        nccl_port=own_port(),
     )
     answers = answers_of(engine, 8, **ASK)
     print("ANSWERS " + json.dumps([[a["output_ids"], best_two(a)] for a in answers]), flush=True)
