@@ -127,8 +127,8 @@ class _ContextLength:
 
 
 def _tell_context_length() -> None:
-    """SGLang's EAGLE asks the verifying model's backend for it where trees of drafts have no buffer. In 0.5.16 what stands
-    before one backend for prefill and another for decode has none."""
+    """SGLang's EAGLE asks the verifying model's backend for it where trees of drafts have no buffer. In 0.5.16
+    what stands before one backend for prefill and another for decode has none."""
     from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
 
     if not hasattr(HybridAttnBackend, "max_context_len"):

@@ -173,6 +173,11 @@ ROWS: list[tuple[str, list[str], list[str]]] = [
         ["serve/test_features.py::test_decode_server_of_pd_disaggregation"],
     ),
     (
+        "tensor parallelism, on two GPUs",
+        [],
+        [f"serve/test_tensor_parallel.py::test_{x}" for x in ("both_ranks_serve_with_ours", "two_gpus_answer_alike")],
+    ),
+    (
         "decode CUDA graphs",
         [],
         [

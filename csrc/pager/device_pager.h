@@ -34,16 +34,15 @@
 // Microseconds of both launches on an H100, L2 flushed, less an empty graph (python scripts/bench_pager.py): a rebuild
 // in which every row changed, and an append.
 //   rows x tokens            page size 1            page size 64
-//   256 x 8192, own pages    22.0, append 13.0      14.1, append 7.6
-//   256 x 8448, one prefix   26.7, append 15.3      16.7, append 7.9
-//   256 x 8192, 2 levels     27.2, append 13.2      19.2, append 7.6
-//   256 x 8192, 5 levels     28.8, append 13.4      21.0, append 7.8
-//   1,024 x 8192, own        51.0, append 32.0      23.2, append 11.9
-//   1,024 x 8448, prefix     68.1, append 34.3      29.1, append 12.4
-//   1,024 x 8192, 3 levels   70.2, append 31.9      34.6, append 11.4
-// A tree that has just formed takes a round for each level once, 4 to 5 us each. Append is the snapshot's 8 bytes of
-// memory per entry. Of the 13 us that a build takes at 256 rows, whatever their length, 3 are its two barriers, 3 the
-// latency of the comparison, and 5 the forest.
+//   256 x 8192, own pages    22.1, append 12.3      13.2, append 7.0
+//   256 x 8448, one prefix   25.3, append 14.2      15.5, append 7.6
+//   256 x 8192, 2 levels     26.0, append 12.6      14.8, append 7.3
+//   256 x 8192, 5 levels     27.6, append 12.7      16.3, append 7.4
+//   1,024 x 8192, own        45.3, append 30.8      23.7, append 11.2
+//   1,024 x 8448, prefix     56.7, append 32.4      27.0, append 11.8
+//   1,024 x 8192, 3 levels   61.2, append 30.6      33.6, append 11.0
+// A tree that has just formed takes a round for each level once, 4 to 5 us each, unless its rows are compared in pairs
+// (device_pairs.cuh). Append is the snapshot's 8 bytes of memory per entry.
 #pragma once
 #include <cuda_runtime.h>
 
