@@ -157,7 +157,7 @@ ROWS: list[tuple[str, list[str], list[str]]] = [
     ),
     (
         "LoRA adapters",
-        ["serve/test_features.py::test_adapter_changes_the_requests_that_ask_for_it"],
+        [],
         ["serve/test_features.py::test_adapter_changes_the_requests_that_ask_for_it"],
     ),
     (

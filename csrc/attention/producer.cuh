@@ -128,9 +128,8 @@ __device__ __forceinline__ void clear(uint32_t dst, uint32_t groups, int lane) {
 // each token's distance from the pool in 16 bytes, at Turn::position; kNoToken past the chunk. Those get zeros, because
 // stale bytes may be NaN, and 0 * NaN in P.V would poison every row.
 //
-// The warp's instructions are what limits it. So a lane's words of a turn are one load, asked for a turn ahead; an
-// address is one multiply-add, in registers of its own, as a copy holds them for long; the swizzle of a later row is an
-// exclusive or.
+// The warp's instructions are what limits it. So a lane's words of a turn are one load; an address is one multiply-add,
+// in registers of its own, as a copy holds them for long; the swizzle of a later row is an exclusive or.
 constexpr uint32_t kNoToken = ~0u;
 
 template <class C>

@@ -13,6 +13,11 @@
 #error "flashcore kernels want -gencode=arch=compute_90a,code=sm_90a"
 #endif
 
+// Before, tensormap.replace took strides in units of 16 bytes.
+#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ < 1208
+#error "flashcore kernels want CUDA >= 12.8"
+#endif
+
 namespace flashcore::ptx {
 
 __device__ __forceinline__ uint32_t smem_address(const void* p) {
@@ -88,7 +93,7 @@ __device__ __forceinline__ void tensormap_replace_strides(CUtensorMap* map, uint
       "l"(bytes), "l"(8 * bytes)
       : "memory");
 }
-// What this thread wrote to a map is seen by its copies that come after.
+// What this thread wrote to a map, or saw of it, holds for its copies that come after.
 __device__ __forceinline__ void fence_tensormap(const CUtensorMap* map) {
   asm volatile(
       "fence.proxy.tensormap::generic.release.gpu;\n"

@@ -57,7 +57,7 @@ __device__ __forceinline__ int deeper_node(const ForestShared& s, int left, int 
 }
 
 struct Placement {
-  bool fixed;        // this thread's row may come to lie elsewhere by appending
+  bool may_move;     // this thread's row may come to lie elsewhere by appending
   bool any_sharing;  // some rows have a prefix in common
   bool stands;       // boundary k stands for its group
 };
@@ -88,8 +88,8 @@ __device__ __forceinline__ Placement place_rows(const DevicePagerParams& p, Fore
   }
   // A row that is a prefix of its neighbour may diverge with its next token; an empty row that grows joins the order
   // anew.
-  const bool fixed = (k + 1 < sharing && lcp >= min(end, s.row_tokens[next.row])) || (k < rows && end == 0);
-  return {fixed, any_of_first(threads, lcp > 0), lcp > 0 && next.last};
+  const bool may_move = (k + 1 < sharing && lcp >= min(end, s.row_tokens[next.row])) || (k < rows && end == 0);
+  return {may_move, any_of_first(threads, lcp > 0), lcp > 0 && next.last};
 }
 
 __device__ __forceinline__ void build_tree(ForestShared& s, int threads, bool stands) {
@@ -184,10 +184,10 @@ __device__ __forceinline__ int group_begin(const ForestShared& s, int k) {
 
 // Segments in the order (first row, first position): what a row reads alone before its outermost kept group (its head,
 // where it begins before others of the group), the kept groups that begin at a row, outermost first, then what is left
-// of the row. Returns whether a row is fixed for none, see Placement.
+// of the row. Returns whether no row may move, see Placement.
 template <bool kRanged>
 __device__ __forceinline__ bool write_segments(const DevicePagerParams& p, ForestShared& s, int rows, int threads,
-                                               bool fixed) {
+                                               bool may_move) {
   const int k = threadIdx.x;
   const bool kept = s.kept[k];
   s.above[k] = kept ? nearest_kept(s, s.parent[k]) : -1;
@@ -204,7 +204,7 @@ __device__ __forceinline__ bool write_segments(const DevicePagerParams& p, Fores
   entries += has_head;
   s.around[k] = around;
   if (k < rows) s.entries_of[s.order[k]] = entries;
-  const bool appendable = !any_of_first(threads, fixed);
+  const bool appendable = !any_of_first(threads, may_move);
 
   // Three sums at once: segments by position, at most 3071, entries by row, below 2^20, and pages by position.
   static_assert(kPagerRows * (kPagerRows + 7) / 2 < 1 << 20);
@@ -286,7 +286,7 @@ __device__ __forceinline__ void build_forest(const DevicePagerParams& p, ForestS
     decide<kRanged>(p, s, threads, placed.stands);
     bound_entries<kRanged>(p, s, rows, threads);
   }
-  const bool appendable = write_segments<kRanged>(p, s, rows, threads, placed.fixed);
+  const bool appendable = write_segments<kRanged>(p, s, rows, threads, placed.may_move);
   finish_build(p, rows, mine, violation, false);
   if (threadIdx.x == 0) {
     p.state->appendable = !kRanged && appendable && violation == 0;

@@ -71,6 +71,8 @@ DECODE = (
     DecodeCase("tree in a graph", TREE, graph=True),
     DecodeCase("many items", MANY, order="interleaved"),
     DecodeCase("many items, e4m3", MANY, order="interleaved", e4m3=True),
+    DecodeCase("apart", NARROW, order="interleaved"),
+    DecodeCase("apart, e4m3", NARROW, order="interleaved", e4m3=True),
     DecodeCase("wide d64 fp16, e4m3", WIDE, 64, torch.float16, order="permuted", e4m3=True),
     DecodeCase("split d256, e4m3, cap and sinks", SPLIT, 256, e4m3=True, logit_cap=20.0, sinks=True),
 )

@@ -135,6 +135,24 @@ def test_a_graph_replay_equals_eager_bitwise():
         assert torch.equal(out, want)
 
 
+def test_tokens_that_lie_apart_are_those_of_each_layer():
+    f = strided(APART)
+    layers = [pools(f, 8, 128, BF16, seed) for seed in (1, 2)]
+    decode, q = Decode(f.layout(), 32, 8, 128), torch.randn(f.batch, 32, 128, device="cuda", dtype=BF16)
+    want = [decode(q, k, v, scale=0.1) for k, v in layers]
+    for out, (k, v) in zip(want, layers, strict=True):
+        assert_accurate(f, out, q, k, v, scale=0.1)
+    outs = [torch.full_like(q, float("nan")) for _ in layers]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        decode.schedule()
+        for (k, v), out in zip(layers, outs, strict=True):
+            decode.run(q, k, v, out, scale=0.1)
+    for _ in range(3):
+        graph.replay()
+        assert all(torch.equal(mine, other) for mine, other in zip(outs, want, strict=True))
+
+
 def test_permuting_requests_permutes_outputs():
     f = forest(MIXED)
     q, k, v, decode = _setup(f)

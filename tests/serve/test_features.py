@@ -13,18 +13,19 @@ from serve.ties import same_but_for_ties
 
 needs.sglang()
 
-pytestmark = pytest.mark.serve
-CUDA = torch.cuda.is_available()
-BACKENDS = ("flashcore_sparse", "fa3" if CUDA else "torch_native")
-RUNS = {"lora": True, "pd": CUDA, "hicache": CUDA}
-"""Which features are run on this machine: on a CPU SGLang has no host cache, and tests/contract has PD's tables."""
+pytestmark = [
+    pytest.mark.serve,
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="engines with features are compared with fa3 on a GPU"),
+]
+BACKENDS = ("flashcore_sparse", "fa3")
 
 
 @pytest.fixture(scope="module")
 def programs(request) -> Programs:
     """Two for each selected test: ours and SGLang's."""
     selected = [x.callspec.params["feature"] for x in request.session.items if x.fspath == request.node.fspath]
-    return Programs("feature_main.py", [(x, backend) for x in selected if RUNS[x] for backend in BACKENDS])
+    return Programs("feature_main.py", [(x, backend) for x in selected for backend in BACKENDS])
 
 
 def compared(programs: Programs, feature: str) -> tuple[list[dict], str]:
@@ -47,16 +48,12 @@ def test_adapter_changes_the_requests_that_ask_for_it(programs, feature):
     assert min(with_adapter) < 300, "with the adapter K and V are its own"
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not RUNS["pd"], reason="on a CPU its tables are tested by the contract tests")
 @pytest.mark.parametrize("feature", ["pd"])
 def test_decode_server_of_pd_disaggregation(programs, feature):
     _, log = compared(programs, feature)
     assert "nothing is shared (a PD decode server keeps no radix cache" in log
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not RUNS["hicache"], reason="SGLang has a host cache on a GPU only")
 @pytest.mark.parametrize("feature", ["hicache"])
 def test_prefixes_come_back_from_the_host(programs, feature):
     rounds, _ = compared(programs, feature)
