@@ -4,9 +4,8 @@
 // 1. Rows in row_order, packed tokens, what each token sees.
 // 2. Segments in short runs that many q_rows read are marked to be gathered first; of an e4m3 cache all or none.
 // 3. Groups of rows under one first segment: all their q_rows in tiles one behind the other, or each row in tiles of
-// its
-//    own? The former reads a prefix once for a tile of q_rows, the latter spares rows the tokens of others. The KV
-//    tiles that each takes are counted; fewer wins.
+//    its own? The former reads a prefix once for a tile of q_rows, the latter spares rows the tokens of others. The
+//    KV tiles that each takes are counted; fewer wins.
 // 4. Tiles and their pieces.
 // 5. Chunks, if there are too few tiles to occupy all CTAs; the number of chunks with the shortest estimated time wins.
 // 6. Order. (tile, KV head) units whose K and V fit in the L2 together are neighbours, among them the longest first, so

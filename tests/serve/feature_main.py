@@ -30,18 +30,6 @@ FAKE_PREFILL_SERVER = "2.2.2.2"
 """What SGLang calls FAKE_BOOTSTRAP_HOST."""
 
 
-def unpin() -> None:
-    """SGLang pins LoRA's tables on any device, which is an error where there is no accelerator."""
-    for name in ("tensor", "zeros", "empty"):
-        make = getattr(torch, name)
-        setattr(torch, name, lambda *args, pin_memory=False, _make=make, **kwargs: _make(*args, **kwargs))
-    torch.Tensor.pin_memory = lambda self, *_: self
-
-
-if not torch.cuda.is_available():
-    unpin()  # here, as the engine's processes import this file
-
-
 def make_adapter(folder: str) -> str:
     """Random weights as PEFT writes them."""
     from safetensors.torch import save_file
@@ -59,10 +47,9 @@ def make_adapter(folder: str) -> str:
     return folder
 
 
-def engine_arguments(feature: str, cuda: bool) -> dict[str, Any]:
+def engine_arguments(feature: str) -> dict[str, Any]:
     if feature == "lora":
-        arguments = {"lora_paths": {"adapter": make_adapter(tempfile.mkdtemp())}, "max_loras_per_batch": 2}
-        return arguments if cuda else {**arguments, "lora_backend": "torch_native"}
+        return {"lora_paths": {"adapter": make_adapter(tempfile.mkdtemp())}, "max_loras_per_batch": 2}
     if feature == "hicache":
         return {
             "enable_hierarchical_cache": True,
@@ -92,12 +79,6 @@ def main() -> None:
     import sglang
 
     feature, backend = sys.argv[1:]
-    cuda = torch.cuda.is_available()
-    arguments = engine_arguments(feature, cuda)
-    if cuda:
-        arguments |= {"device": "cuda", "cuda_graph_max_bs_decode": 4, "mem_fraction_static": 0.3}
-    else:
-        arguments |= {"device": "cpu", "dtype": "float32"}
     engine = sglang.Engine(
         model_path=make_model(tempfile.mkdtemp()),
         skip_tokenizer_init=True,
@@ -107,7 +88,9 @@ def main() -> None:
         random_seed=1,
         log_level="info",
         nccl_port=own_port(),
-        **arguments,
+        cuda_graph_max_bs_decode=4,
+        mem_fraction_static=0.3,
+        **engine_arguments(feature),
     )
     generator = torch.Generator().manual_seed(3)
     sampling = {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True}
