@@ -109,8 +109,7 @@ struct TileRing {
 // One item on this warpgroup. `ring` stands at its first tile and is left behind its last.
 //
 // Step t issues S = Q K^T of tile t and O += P V of tile t - 1, which runs on under the softmax of tile t. There is one
-// copy of that code, because a short launch is spent waiting for instructions: the first step's second product is of
-// zeros and whatever lies in V, and is dropped (`accumulate` 0) by the next one.
+// copy of that code, because a short launch is spent waiting for instructions.
 template <class C>
 __device__ __forceinline__ void attend(const DecodeParams& p, SharedStorage<C>& s, const WorkItem& item,
                                        TileRing<C>& ring) {
@@ -145,6 +144,14 @@ __device__ __forceinline__ void attend(const DecodeParams& p, SharedStorage<C>& 
 #pragma unroll
   for (int i = 0; i < kTile / 4; ++i) probs[i / 4][i % 4] = 0;
 
+  // q_rows from the warp's first one on. Most rows of a narrow item are empty: a warp that has none does no softmax,
+  // one that has up to 8 half of it; what their scores then are stays in those rows, which are not stored. Asked anew
+  // for each tile, as there is no register to keep it in.
+  auto rows_of_warp = [&]() -> int {
+    const int rows = reinterpret_cast<const volatile WorkItem&>(item).q_rows;
+    return rows - (rows > kNarrowRows ? warpgroup_id() * kNarrowRows : 0) - ptx::thread_id() / 32 % 4 * 16;
+  };
+
   // V of the tile before this one.
   auto value = [&]() -> Ring<C::kVBuffers> { return ring.v().previous(); };
 #pragma unroll 1
@@ -156,17 +163,25 @@ __device__ __forceinline__ void attend(const DecodeParams& p, SharedStorage<C>& 
     ptx::wgmma_fence();
     issue_qk<C, kTile>(scores, q, q_smem, ptx::smem_address(s.k[ring.k().slot()]));
     const int done = item.num_tokens - valid;
-    if (done > kTile) wait_issued(&s.issued[1], value(), done, kTile);
-    if (done > 0) wait_full<C>(ptx::smem_address(&s.v_full[value().slot()]), value().phase());
-    ptx::wgmma_fence();
-    issue_pv<C, kTile>(acc.o, probs, ptx::smem_address(s.v[value().slot()]), done > kTile);
-    ptx::wgmma_wait<1>();
+    if (done > 0) {
+      if (done > kTile) wait_issued(&s.issued[1], value(), done, kTile);
+      wait_full<C>(ptx::smem_address(&s.v_full[value().slot()]), value().phase());
+      ptx::wgmma_fence();
+      issue_pv<C, kTile>(acc.o, probs, ptx::smem_address(s.v[value().slot()]));
+      ptx::wgmma_wait<1>();
+    } else {
+      ptx::wgmma_wait<0>();
+    }
     // scores are there; P.V of the tile before runs on under the softmax
     ptx::wgmma_touch(scores);
     if constexpr (!kLateRelease) release(ptx::smem_address(&s.k_empty[ring.k().slot()]), item);
-    cap_scores<kTile, C::kQInRegisters ? 8 : kTile / 2>(scales, scores);
-    hide_past<kTile>(scores, valid);
-    const bool grew = softmax_rows<C, kTile>(scales, scores, acc, alpha);
+    bool grew = false;
+    const int rows = rows_of_warp();
+    if (rows > 0) {
+      cap_scores<kTile, C::kQInRegisters ? 8 : kTile / 2>(scales, scores);
+      hide_past<kTile>(scores, valid);
+      grew = softmax_rows<C, kTile>(scales, scores, acc, alpha, rows > 8);
+    }
     if (kLateRelease && !(acc.sum[0] + acc.sum[1] < 0.f)) release(ptx::smem_address(&s.k_empty[ring.k().slot()]), item);
     ptx::wgmma_wait<0>();
     ptx::wgmma_touch(acc.o);
@@ -182,7 +197,7 @@ __device__ __forceinline__ void attend(const DecodeParams& p, SharedStorage<C>& 
   wait_full<C>(ptx::smem_address(&s.v_full[value().slot()]), value().phase());
   ptx::wgmma_touch(acc.o);
   ptx::wgmma_fence();
-  issue_pv<C, kTile>(acc.o, probs, ptx::smem_address(s.v[value().slot()]), item.num_tokens > kTile);
+  issue_pv<C, kTile>(acc.o, probs, ptx::smem_address(s.v[value().slot()]));
   ptx::wgmma_wait<0>();
   ptx::wgmma_touch(acc.o);
   release(ptx::smem_address(&s.v_empty[value().slot()]), item);

@@ -61,10 +61,12 @@ __device__ __forceinline__ void convert_kv(SharedStorage<C>& s) {
   auto& b = s.cached_barriers;
   Ring<C::kRing> read;
   uint32_t n = 0;  // twice the tile's number; odd: its V
+  auto cached_of = [](uint32_t of) { return of / 2 % kCached; };
+  auto buffer_of = [](uint32_t of) { return of / 2 & ((of & 1 ? kValues : kKeys) - 1); };
   // Waits until the buffer that `of` goes to has been filled with what was there before, or emptied of it.
   auto wait_before = [&](uint32_t of, uint64_t* k_barriers, uint64_t* v_barriers) {
-    const uint32_t buffers = of & 1 ? kValues : kKeys, at = of / 2 & (buffers - 1);
-    ptx::mbarrier_wait(ptx::smem_address((of & 1 ? v_barriers : k_barriers) + at), (of / 2 & buffers) == 0);
+    ptx::mbarrier_wait(ptx::smem_address((of & 1 ? v_barriers : k_barriers) + buffer_of(of)),
+                       (of / 2 & (of & 1 ? kValues : kKeys)) == 0);
   };
   while (true) {
     int left = __shfl_sync(~0u, 2 * tiles_of<C>(wait_item<C>(s, read)), 0);
@@ -76,17 +78,17 @@ __device__ __forceinline__ void convert_kv(SharedStorage<C>& s) {
     finish_item<C>(s, read, ptx::thread_id() % 32);
 #pragma unroll 1
     for (; left > 0; --left, ++n) {
-      const bool v = n & 1;
-      const uint32_t buffers = v ? kValues : kKeys, from = n / 2 % kCached, to = n / 2 & (buffers - 1);
       wait_before(n, s.k_empty, s.v_empty);
       if (ptx::thread_id() == kConverterThread)  // of this tile's
-        ptx::store_release(ptx::smem_address(&s.issued[v]), (n / 2 + 1) & (2 * buffers - 1));
-      ptx::mbarrier_wait(ptx::smem_address(v ? &b.v_full[from] : &b.k_full[from]), n / 2 / kCached & 1);
-      convert_tile<C>(ptx::smem_address(v ? s.cached.v[from] : s.cached.k[from]),
-                      ptx::smem_address(v ? s.v[to] : s.k[to]));
+        ptx::store_release(ptx::smem_address(&s.issued[n & 1]), (n / 2 + 1) & (2 * (n & 1 ? kValues : kKeys) - 1));
+      ptx::mbarrier_wait(ptx::smem_address((n & 1 ? b.v_full : b.k_full) + cached_of(n)), n / 2 / kCached & 1);
+      convert_tile<C>(ptx::smem_address(n & 1 ? s.cached.v[cached_of(n)] : s.cached.k[cached_of(n)]),
+                      ptx::smem_address(n & 1 ? s.v[buffer_of(n)] : s.k[buffer_of(n)]));
+      asm volatile("" : "+r"(n));  // what follows from it is computed again: there is no register to keep it in
       ptx::fence_proxy_async();
-      ptx::mbarrier_warp_arrive(ptx::smem_address(v ? &s.v_full[to] : &s.k_full[to]), ptx::thread_id() % 32);
-      ptx::mbarrier_warp_arrive(ptx::smem_address(v ? &b.v_empty[from] : &b.k_empty[from]), ptx::thread_id() % 32);
+      ptx::mbarrier_warp_arrive(ptx::smem_address((n & 1 ? s.v_full : s.k_full) + buffer_of(n)), ptx::thread_id() % 32);
+      ptx::mbarrier_warp_arrive(ptx::smem_address((n & 1 ? b.v_empty : b.k_empty) + cached_of(n)),
+                                ptx::thread_id() % 32);
     }
   }
 }

@@ -10,7 +10,7 @@
 //   warp 0           feeder: claims items and posts them to a ring.
 //   warps 1, 2       K and V loaders: a tile in one TMA box if its slots are consecutive, else 32 or 8 consecutive
 //                    slots, or 32 a constant step apart (strided.cuh), by a box and anything else by cp.async. Page
-//                    indices are asked for two tiles ahead.
+//                    indices are asked for two tiles ahead; an item of runs (runs.cu) needs none.
 //   warp 3           q loader: the item's q_rows, and where their results go.
 //   warps 4-7, 8-11  two consumer warpgroups (224 registers), 64 q_rows each. Wide item (> 64 q_rows): both work on
 //                    every tile. Narrow item: one of them, in turn, so that an epilogue overlaps the other's products.
@@ -19,8 +19,8 @@
 // A CTA starts with an item that the schedule has set aside for it, and takes from the wide or the narrow list
 // (header.wide_ctas), then from the other one: compute-bound and memory-bound items run beside each other.
 //
-// Narrow items use the same M = 64 tiles with most rows empty: a 128-token tile costs a warpgroup about 1 us, its
-// loading 2.8 us at 1/132 of the bandwidth. Swapping A and B would save power, not time.
+// Narrow items use the same M = 64 tiles with most rows empty; warps without rows leave out the softmax. A 128-token
+// tile costs a warpgroup about 1 us, its loading 2.8 us at 1/132 of the bandwidth.
 //
 // Shared memory, D 128: 3 buffers each of K and V, 128 tokens x 256 B, + q 32 KiB + 2.9 KiB. With a converter: 2 of
 // each, and before them 2 of each of 128 B a token.

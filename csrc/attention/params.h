@@ -19,6 +19,8 @@ constexpr int kStartTokens = 256;                     // whose pages are looked 
 constexpr int kMaxBatch = 4096, kMaxSegments = 4096;  // that a step can have
 constexpr int kMaxPageSize = 1 << 20;
 constexpr int kOwnerShift = 16;
+constexpr int kRunTokens = 512;  // an item of runs has no more
+constexpr int kRunShift = 20;
 constexpr int kStrides = 2;  // of tokens that lie apart, for which a loader makes tensor maps
 
 // t / page_size = t * magic >> shift for every t of 31 bits.
@@ -56,11 +58,13 @@ struct alignas(16) WorkItem {
   int row_begin;   // of the segment, in row_order
   int q_row;       // first q_row of the tile, within the segment
   int q_rows;      // 1 .. kWideRows; more than kNarrowRows: both consumer warpgroups
-  int page;        // first entry of the segment in page_indices
-  int token;       // first token of the chunk, counted from the start of that page
+  int page;        // first entry of the segment in page_indices. Of an item of runs: the slot its first run begins at
+  int token;       // first token of the chunk, counted from the start of that page. Of an item of runs: the slot its
+                   // second run begins at
   int num_tokens;  // 0 ends the list
   int piece;       // of the segment's rows: which of their pieces this chunk is
-  int kv_head;     // filled in when the item is taken; from bit kOwnerShift: its warpgroups, their q phases
+  int kv_head;     // filled in when the item is taken; from bit kOwnerShift: its warpgroups, their q phases;
+                   // from bit kRunShift: tokens of its first run; 0: not an item of runs (runs.cu)
 };
 
 // A piece is one chunk of one of a row's segments. The partial results of a row lie in consecutive slots, in the order
@@ -211,6 +215,7 @@ struct E4m3;  // stands for the cache's element type in templates; cuda_fp8.h wo
 constexpr int bytes_of(DType dtype) { return dtype == DType::kE4m3 ? 1 : 2; }
 
 void launch_schedule(const ScheduleParams&, cudaStream_t);
+void launch_mark_runs(const ScheduleParams&, cudaStream_t);
 void launch_merge(DType, const MergeParams&, cudaStream_t);
 // One instantiation per file: decode_<dtype of the cache>_d<D>.cu
 template <typename Cache, int kHeadDim>

@@ -7,9 +7,10 @@ namespace flashcore::decode {
 
 // Pages of this lane's tokens in two tiles: raw, so that nothing waits for them here. The loader asks for them two
 // tiles ahead: under load a page index takes 2 us, longer than a tile, and behind scattered copies still longer.
-constexpr int kBlock = 2;                               // tiles
-constexpr int kKeyLoader = 1;                           // warp; the next loads V
-constexpr int kBegunTokens = 512;                       // left to load of an item when the next may be claimed
+constexpr int kBlock = 2;          // tiles
+constexpr int kKeyLoader = 1;      // warp; the next loads V
+constexpr int kBegunTokens = 512;  // left to load of an item when the next may be claimed
+static_assert(kRunTokens <= kBegunTokens);
 constexpr int kFullArrivals = 32 + ptx::kWarpArrivals;  // that fill a buffer: one of the warp, and of what came by
                                                         // cp.async an asynchronous one of every lane
 
@@ -22,14 +23,14 @@ struct Pages {
 template <class C>
 __device__ __forceinline__ Pages<C> load_pages(const DecodeParams& p, const WorkItem& item, int tile, int lane) {
   Pages<C> r;
+  const int tokens = first_run_of(item) > 0 ? 0 : item.num_tokens;  // runs need none
 #pragma unroll
   for (int i = 0; i < kBlock; ++i) {
 #pragma unroll
     for (int g = 0; g < Pages<C>::kGroups; ++g) {
       const int t = tile + i * C::kTile + g * 32 + lane;
-      r.of[i][g] = t < item.num_tokens
-                       ? __ldg(p.page_indices + min(item.page + p.by_page(item.token + t), p.page_capacity - 1))
-                       : 0;
+      r.of[i][g] =
+          t < tokens ? __ldg(p.page_indices + min(item.page + p.by_page(item.token + t), p.page_capacity - 1)) : 0;
     }
   }
   return r;
@@ -190,6 +191,62 @@ __device__ __forceinline__ uint32_t load_strided(const DecodeParams& p, const Te
   return apart;
 }
 
+// Waits until the next buffer is free, and goes on to it. `shallow`: one more stays empty. Addresses of the buffer and
+// of its full barrier.
+template <class C>
+__device__ __forceinline__ uint2 next_buffer(Buffers<C>& b, bool shallow) {
+  const uint32_t full = b.full + b.slot * 8, dst = b.data + b.slot * C::Cached::kBufferBytes;
+  ptx::mbarrier_wait(b.empty + b.slot * 8, b.phase ^ 1);
+  if (++b.slot == b.count()) {
+    b.slot = 0;
+    b.phase ^= 1;
+  }
+  if (shallow) ptx::mbarrier_wait(b.empty + b.slot * 8, b.phase ^ 1);
+  return {dst, full};
+}
+
+// A tile of an item of runs, from its token `at` on. Zeros past the item's end are boxes past the pool's end.
+template <class C>
+__device__ __forceinline__ void load_run(const DecodeParams& p, Buffers<C>& b, const WorkItem& item, int at,
+                                         bool shallow, int lane) {
+  using Tile = typename C::Cached;
+  constexpr int kGroups = Pages<C>::kGroups, kAll = C::kTile / 8;
+  static_assert(kGroups + kAll <= 32);
+  const int end = item.num_tokens - at, cut = first_run_of(item) - at, kv_head = kv_head_of(item);
+  auto slot_at = [&](int t) { return t < cut ? item.page + at + t : item.token + t - cut; };
+  const auto [dst, full] = next_buffer<C>(b, shallow);
+  // A lane for the tile's groups of 32 tokens each, then one for those of 8.
+  const bool small = lane >= kGroups;
+  const int size = small ? 8 : 32, begin = small ? (lane - kGroups) * 8 : lane * 32;
+  auto is_whole = [&](int from, int tokens) {
+    return (from >= cut || from + tokens <= cut) && (from >= end || from + tokens <= end);
+  };
+  const bool whole = is_whole(begin, size), in_larger = small && is_whole(begin & ~31, 32);
+  const uint32_t scattered = (__ballot_sync(~0u, !whole) >> kGroups) & (~0u >> (32 - kAll));
+  if (lane == 0) ptx::mbarrier_expect_tx(full, (kAll - __popc(scattered)) * Tile::kGroupBytes);
+  __syncwarp();
+  if (whole && !in_larger && lane < kGroups + kAll) {
+    const int slot = slot_at(begin);
+    ptx::tma_load_5d(dst + begin / 8 * Tile::kGroupBytes, b.maps + (small ? 0 : 1), full, ptx::kEvictFirst, 0,
+                     begin < end && slot + size <= p.num_slots ? slot : p.num_slots, 0, 0, kv_head);
+  }
+  if (scattered == 0) {
+    if (lane == 0) ptx::mbarrier_arrive(full, kFullArrivals);
+    return;
+  }
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+    const int t = g * 32 + lane;
+    b.scattered->where[g * 32 + Turn<C>::position(lane)] =
+        t < end ? static_cast<uint32_t>(min(slot_at(t), p.num_slots - 1)) * p.kv_slot_units + kv_head * p.kv_head_units
+                : kNoToken;
+  }
+  ptx::mbarrier_warp_arrive(full, lane);
+  load_scattered<C>(b.pool, dst, ptx::smem_address(b.scattered->where), scattered, lane);
+  ptx::cp_async_mbarrier_arrive(full);
+  __syncwarp();  // `scattered` is free again
+}
+
 // One tile. `shallow`: one buffer stays empty. `slot`: of the lane's tokens 32 g + lane, -1 past the chunk. A full
 // barrier counts one arrival of the warp and, for what came by cp.async, one of every lane.
 template <class C>
@@ -197,13 +254,7 @@ __device__ __forceinline__ void load_tile(const DecodeParams& p, const TensorMap
                                           const int (&slot)[Pages<C>::kGroups], int kv_head, bool shallow, int lane) {
   using Tile = typename C::Cached;
   constexpr int kGroups = Pages<C>::kGroups;
-  const uint32_t full = b.full + b.slot * 8, dst = b.data + b.slot * Tile::kBufferBytes;
-  ptx::mbarrier_wait(b.empty + b.slot * 8, b.phase ^ 1);
-  if (++b.slot == b.count()) {
-    b.slot = 0;
-    b.phase ^= 1;
-  }
-  if (shallow) ptx::mbarrier_wait(b.empty + b.slot * 8, b.phase ^ 1);
+  const auto [dst, full] = next_buffer<C>(b, shallow);
   const int first = __shfl_sync(~0u, slot[0], 0);
   bool run = true;
 #pragma unroll
@@ -272,34 +323,47 @@ __device__ __forceinline__ void load_kv(const DecodeParams& p, const TensorMaps&
   const WorkItem* item = &wait_item<C>(s, read);
   if (!has_start) ahead = load_pages<C>(p, *item, 0, ptx::thread_id() % 32);
   bool begun = false;
+  auto publish = [&](bool first) {                           // a tile has begun to be filled; `first` of its item
+    if (C::kConverts || ptx::thread_id() % 32 != 0) return;  // a converter does it itself
+    ptx::store_release(b.issued, b.slot + static_cast<int>(b.phase) * b.slots);
+    if (first) ptx::mbarrier_arrive(ptx::smem_address(&s.item_started[read.slot()]));
+  };
   while (item->num_tokens > 0) {
     bool looked = false;
     // Beside wide items narrow ones hold back: what they have in flight is the queue that the tiles of the wide ones,
     // which are in the L2, wait in.
     const bool shallow = b.count() > 2 && s.wide_ctas > 0 && item->q_rows <= kNarrowRows;
+    if (first_run_of(*item) > 0) {
+      if (ptx::thread_id() == kKeyLoader * 32) ptx::mbarrier_arrive(ptx::smem_address(&s.item_begun[read.slot()]));
+      if ((looked = item_ready<C>(s, read.next())))
+        ahead = load_pages<C>(p, s.items[read.next().slot()], 0, ptx::thread_id() % 32);
 #pragma unroll 1
-    for (int t = 0; t < item->num_tokens; t += kBlock * C::kTile) {
-      const Pages<C> pages = ahead;
-      const int left = item->num_tokens - t;
-      const bool last = left <= kBlock * C::kTile;
-      if (!last) ahead = load_pages<C>(p, *item, t + kBlock * C::kTile, ptx::thread_id() % 32);
-      if (!begun && left <= kBegunTokens) {
-        if (ptx::thread_id() == kKeyLoader * 32) ptx::mbarrier_arrive(ptx::smem_address(&s.item_begun[read.slot()]));
-        begun = true;
+      for (int t = 0; t < item->num_tokens; t += C::kTile) {
+        load_run<C>(p, b, *item, t, shallow, ptx::thread_id() % 32);
+        publish(t == 0);
       }
+    } else {
 #pragma unroll 1
-      for (int i = 0; i < kBlock && i * C::kTile < left; ++i) {
-        if (last && !looked && (looked = item_ready<C>(s, read.next())))
-          ahead = load_pages<C>(p, s.items[read.next().slot()], 0, ptx::thread_id() % 32);
-        int slot[kGroups];
+      for (int t = 0; t < item->num_tokens; t += kBlock * C::kTile) {
+        const Pages<C> pages = ahead;
+        const int left = item->num_tokens - t;
+        const bool last = left <= kBlock * C::kTile;
+        if (!last) ahead = load_pages<C>(p, *item, t + kBlock * C::kTile, ptx::thread_id() % 32);
+        if (!begun && left <= kBegunTokens) {
+          if (ptx::thread_id() == kKeyLoader * 32) ptx::mbarrier_arrive(ptx::smem_address(&s.item_begun[read.slot()]));
+          begun = true;
+        }
+#pragma unroll 1
+        for (int i = 0; i < kBlock && i * C::kTile < left; ++i) {
+          if (last && !looked && (looked = item_ready<C>(s, read.next())))
+            ahead = load_pages<C>(p, s.items[read.next().slot()], 0, ptx::thread_id() % 32);
+          int slot[kGroups];
 #pragma unroll
-        for (int g = 0; g < kGroups; ++g)
-          slot[g] = slot_of(p, *item, i == 0 ? pages.of[0][g] : pages.of[1][g],
-                            t + i * C::kTile + g * 32 + ptx::thread_id() % 32);
-        load_tile<C>(p, maps, b, slot, kv_head_of(*item), shallow, ptx::thread_id() % 32);
-        if (!C::kConverts && ptx::thread_id() % 32 == 0) {  // else the converter does
-          ptx::store_release(b.issued, b.slot + static_cast<int>(b.phase) * b.slots);
-          if (t + i == 0) ptx::mbarrier_arrive(ptx::smem_address(&s.item_started[read.slot()]));
+          for (int g = 0; g < kGroups; ++g)
+            slot[g] = slot_of(p, *item, i == 0 ? pages.of[0][g] : pages.of[1][g],
+                              t + i * C::kTile + g * 32 + ptx::thread_id() % 32);
+          load_tile<C>(p, maps, b, slot, kv_head_of(*item), shallow, ptx::thread_id() % 32);
+          publish(t + i == 0);
         }
       }
     }

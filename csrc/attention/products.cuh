@@ -36,10 +36,10 @@ __device__ __forceinline__ void issue_qk(float (&scores)[kTile / 2],
   ptx::wgmma_commit();
 }
 
-// O += P v of one tile, O = P v without `accumulate`; sixteen tokens (two groups) per instruction.
+// O += P v of one tile; sixteen tokens (two groups) per instruction.
 template <class C, int kTile>
 __device__ __forceinline__ void issue_pv(float (&o)[C::kHeadDim / 2], const uint32_t (&probs)[kTile / 16][4],
-                                         uint32_t v_smem, int accumulate = 1) {
+                                         uint32_t v_smem) {
   const uint64_t v_first = ptx::wgmma_descriptor(v_smem, 1024, C::kGroupBytes);
 #pragma unroll
   for (int step = 0; step < kTile / 16; ++step) {
@@ -47,7 +47,7 @@ __device__ __forceinline__ void issue_pv(float (&o)[C::kHeadDim / 2], const uint
     for (int column = 0; column < C::kHeadDim; column += C::kPvColumns) {
       ptx::wgmma<typename C::T, C::kPvColumns, 1>(
           reinterpret_cast<float (&)[C::kPvColumns / 2]>(o[column / 2]), probs[step],
-          ptx::wgmma_advance(v_first, step * 2 * C::kGroupBytes + column / 64 * 1024), step > 0 ? 1 : accumulate);
+          ptx::wgmma_advance(v_first, step * 2 * C::kGroupBytes + column / 64 * 1024), 1);
     }
   }
   ptx::wgmma_commit();
@@ -120,13 +120,19 @@ __device__ __forceinline__ void hide_past(float (&scores)[kTile / 2], int valid)
 constexpr float kSlackLog2 = 8.f;
 
 // Scores, of which some or all may be -inf, to probabilities in place; in `alpha` what the two rows' old sums and
-// outputs are to be multiplied with. Returns whether that is anything but 1 in any row of the warp.
+// outputs are to be multiplied with. Returns whether that is anything but 1 in any row of the warp. Without `second`
+// its scores stay as they are.
 template <class C, int kTile, class Params>
 __device__ __forceinline__ bool softmax_rows(const Params& p, float (&scores)[kTile / 2], Accumulators<C>& acc,
-                                             float (&alpha)[2]) {
+                                             float (&alpha)[2], bool second) {
   bool grew[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
+    if (r == 1 && !second) {
+      grew[1] = false;
+      alpha[1] = 1.f;
+      break;
+    }
     float part[4] = {acc.max[r], -INFINITY, -INFINITY, -INFINITY};  // four chains: one alone waits for itself
 #pragma unroll
     for (int j = 0; j < kTile / 8; ++j)

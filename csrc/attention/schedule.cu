@@ -404,6 +404,7 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(const __grid_constan
 void launch_schedule(const ScheduleParams& p, cudaStream_t stream) {
   FC_CUDA(cudaFuncSetAttribute(schedule_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared)));
   launch_dependent(schedule_kernel, dim3(1), dim3(kThreads), sizeof(Shared), stream, p);
+  launch_mark_runs(p, stream);
 }
 
 }  // namespace flashcore

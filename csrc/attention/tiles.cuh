@@ -142,6 +142,9 @@ __device__ __forceinline__ bool owns(const WorkItem& item, int warpgroup) {
   return (item.kv_head >> (kOwnerShift + warpgroup)) & 1;
 }
 
+// Tokens of the first run of an item of runs; else 0.
+__device__ __forceinline__ int first_run_of(const WorkItem& item) { return item.kv_head >> kRunShift; }
+
 __device__ __forceinline__ uint32_t q_phase_of(const WorkItem& item, int warpgroup) {
   return (item.kv_head >> (kOwnerShift + 2 + warpgroup)) & 1;
 }

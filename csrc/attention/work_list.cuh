@@ -111,7 +111,7 @@ __device__ __forceinline__ void feed_items(const DecodeParams& p, SharedStorage<
           reinterpret_cast<const int4*>(p.work.items + (feed.list == 0 ? entry : p.work.entry_capacity - 1 - entry));
       a = src[0];
       b = src[1];
-      b.w = at - entry * p.kv_heads;
+      b.w += at - entry * p.kv_heads;
     }
     post<C>(s, feed, ring, have, a, b, lane);
     if (have == 0) break;

@@ -133,6 +133,32 @@ def strided(requests: Sequence[Sequence[Epoch]]) -> Forest:
     return Forest(1, next_slot, table, lens)
 
 
+def runs(requests: Sequence[Sequence[int]]) -> Forest:
+    """Requests of runs of so many tokens, on pages of one token, a slot of nobody's between any two; nothing is shared.
+    The last run ends with the pool."""
+    rows, next_slot = [], 0
+    for lengths in requests:
+        parts = []
+        for length in lengths:
+            next_slot += 1
+            parts.append(torch.arange(next_slot, next_slot + length, dtype=torch.int32))
+            next_slot += length
+        rows.append(torch.cat(parts))
+    lens = torch.tensor([row.numel() for row in rows], dtype=torch.int32)
+    table = torch.zeros(len(rows) + 1, int(lens.max()), dtype=torch.int32)
+    for r, row in enumerate(rows):
+        table[r + 1, : row.numel()] = row
+    return Forest(1, next_slot, table, lens)
+
+
+RUNS: list[list[int]] = [
+    *([n] for n in range(1, 136)),
+    *([a, b] for a in (1, 7, 8, 31, 32, 33, 64, 100, 127, 128, 130) for b in (1, 8, 24, 33, 95, 128, 200)),
+    *([512], [513], [256, 256], [300, 213], [5, 6, 7], [1, 1, 1, 1], [128, 1, 128]),
+]
+"""Tokens of each run of a request: items of one run, of two, and those that are none (csrc/attention/runs.cu)."""
+
+
 APART: list[list[Epoch]] = [
     [(2, 300)],
     [(64, 1000)],
@@ -212,6 +238,17 @@ class Decode:
             layout.num_rows, self.segments, heads, kv_heads, head_dim, self.partials
         )
         self.workspace = torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda")
+
+    def work_items(self) -> torch.Tensor:
+        """[entries, 8] what the schedule has written last (``WorkItem`` in csrc/attention/params.h)."""
+        torch.cuda.synchronize()
+        wide, narrow = self.workspace[:64].view(torch.int32)[2:4].tolist()
+        at, batch = 0, self.row_order.numel()
+        for size in (64, 16 * batch, 32 * 256, 4 * 256 * 256, 128 * 256 * 2 * 2):  # what comes before them
+            at += -(-size // 256) * 256
+        capacity = self.segments + 2048 + self.partials * (self.heads // self.kv_heads) // 64
+        items = self.workspace[at : at + 32 * capacity].view(torch.int32).view(capacity, 8)
+        return torch.cat([items[:wide], items[capacity - narrow :].flip(0)]).cpu()
 
     def schedule(self) -> None:
         self.library.decode_schedule(

@@ -33,6 +33,7 @@ from flashcore_sglang.reach import Reach
 WIDE: tuple[Level, ...] = ((1, 320), (18, 40))  # 72 q_rows share
 NARROW: tuple[Level, ...] = ((3, 200),)
 SPLIT: tuple[Level, ...] = ((2, 1400),)
+PARTS: tuple[Level, ...] = ((170, 24), (340, 21))  # each request's item: two runs that end anywhere
 MANY: tuple[Level, ...] = ((4, 64), (320, 24))  # several items for every CTA, so that it uses its buffers again
 TREE: tuple[Level, ...] = ((2, 256), ((3, 5), 128), (8, 33))
 
@@ -71,6 +72,8 @@ DECODE = (
     DecodeCase("tree in a graph", TREE, graph=True),
     DecodeCase("many items", MANY, order="interleaved"),
     DecodeCase("many items, e4m3", MANY, order="interleaved", e4m3=True),
+    DecodeCase("items of runs", PARTS),
+    DecodeCase("items of runs, e4m3", PARTS, e4m3=True),
     DecodeCase("apart", NARROW, order="interleaved"),
     DecodeCase("apart, e4m3", NARROW, order="interleaved", e4m3=True),
     DecodeCase("wide d64 fp16, e4m3", WIDE, 64, torch.float16, order="permuted", e4m3=True),

@@ -11,7 +11,7 @@ import torch
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("no Hopper GPU", allow_module_level=True)
 
-from gpu.decode_cases import APART, Decode, Forest, assert_accurate, forest, pools, random_case, strided
+from gpu.decode_cases import APART, RUNS, Decode, Forest, assert_accurate, forest, pools, random_case, runs, strided
 
 pytestmark = pytest.mark.gpu
 
@@ -44,6 +44,30 @@ def test_pages_of_any_size_and_order_are_read_right(page_size, order):
 def test_tokens_that_lie_apart_are_read_right(epochs, head_dim):
     attend(strided([epochs] * 3), head_dim=head_dim)
     attend(strided(APART), heads=6, kv_heads=3, head_dim=head_dim)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("heads", [8, 24])
+def test_items_of_runs_are_read_right(head_dim, heads):
+    attend(runs(RUNS), heads=heads, kv_heads=2, head_dim=head_dim)
+    attend(runs([[40, 50]] * 700), heads=heads, kv_heads=2, head_dim=head_dim)  # several for every CTA
+
+
+@pytest.mark.parametrize("page_size, lengths", [(1, [90]), (1, [40, 50]), (1, [3, 40, 50]), (1, [600]), (64, [90])])
+def test_items_of_one_or_two_runs_are_marked(page_size, lengths):
+    requests = 500
+    f = runs([lengths] * requests) if page_size == 1 else forest([(requests, sum(lengths))], page_size)
+    decode = Decode(f.layout(), 8, 2, 128)
+    decode.schedule()
+    items = decode.work_items()
+    assert items.shape[0] >= requests and items[:, 5].sum() == requests * sum(lengths)
+    marked = items[:, 7] >> 20
+    if len(lengths) > 2:
+        assert not marked.any()
+    elif len(lengths) == 2:
+        assert (marked == lengths[0]).all() and (items[:, 4] - items[:, 3] == lengths[0] + 1).all()
+    else:
+        assert torch.equal(marked, torch.where(items[:, 5] <= 512, items[:, 5], 0))
 
 
 def test_slots_that_are_no_whole_number_of_heads_are_read_right():
