@@ -20,7 +20,7 @@ constexpr int kMaxBatch = 4096, kMaxSegments = 4096;  // that a step can have
 constexpr int kMaxPageSize = 1 << 20;
 constexpr int kOwnerShift = 16;
 constexpr int kRunTokens = 512;  // an item of runs has no more
-constexpr int kRunShift = 20;
+constexpr int kRunShift = 20, kStepShift = 16;
 constexpr int kStrides = 2;  // of tokens that lie apart, for which a loader makes tensor maps
 
 // t / page_size = t * magic >> shift for every t of 31 bits.
@@ -62,9 +62,10 @@ struct alignas(16) WorkItem {
   int token;       // first token of the chunk, counted from the start of that page. Of an item of runs: the slot its
                    // second run begins at
   int num_tokens;  // 0 ends the list
-  int piece;       // of the segment's rows: which of their pieces this chunk is
-  int kv_head;     // filled in when the item is taken; from bit kOwnerShift: its warpgroups, their q phases;
-                   // from bit kRunShift: tokens of its first run; 0: not an item of runs (runs.cu)
+  int piece;    // of the segment's rows: which of their pieces this chunk is. Of an item of runs, from bit kStepShift:
+                // slots from a token of its second run to the next
+  int kv_head;  // filled in when the item is taken; from bit kOwnerShift: its warpgroups, their q phases;
+                // from bit kRunShift: one more than its first run has tokens; 0: not an item of runs (runs.cu)
 };
 
 // A piece is one chunk of one of a row's segments. The partial results of a row lie in consecutive slots, in the order

@@ -23,7 +23,7 @@ struct Pages {
 template <class C>
 __device__ __forceinline__ Pages<C> load_pages(const DecodeParams& p, const WorkItem& item, int tile, int lane) {
   Pages<C> r;
-  const int tokens = first_run_of(item) > 0 ? 0 : item.num_tokens;  // runs need none
+  const int tokens = first_run_of(item) >= 0 ? 0 : item.num_tokens;  // runs need none
 #pragma unroll
   for (int i = 0; i < kBlock; ++i) {
 #pragma unroll
@@ -207,13 +207,13 @@ __device__ __forceinline__ uint2 next_buffer(Buffers<C>& b, bool shallow) {
 
 // A tile of an item of runs, from its token `at` on. Zeros past the item's end are boxes past the pool's end.
 template <class C>
-__device__ __forceinline__ void load_run(const DecodeParams& p, Buffers<C>& b, const WorkItem& item, int at,
-                                         bool shallow, int lane) {
+__device__ __forceinline__ void load_run(const DecodeParams& p, const TensorMaps& maps, Buffers<C>& b,
+                                         const WorkItem& item, int at, bool shallow, int lane) {
   using Tile = typename C::Cached;
   constexpr int kGroups = Pages<C>::kGroups, kAll = C::kTile / 8;
   static_assert(kGroups + kAll <= 32);
-  const int end = item.num_tokens - at, cut = first_run_of(item) - at, kv_head = kv_head_of(item);
-  auto slot_at = [&](int t) { return t < cut ? item.page + at + t : item.token + t - cut; };
+  const int end = item.num_tokens - at, cut = first_run_of(item) - at, step = item.piece >> kStepShift;
+  auto slot_at = [&](int t) { return t < cut ? item.page + at + t : item.token + (t - cut) * step; };
   const auto [dst, full] = next_buffer<C>(b, shallow);
   // A lane for the tile's groups of 32 tokens each, then one for those of 8.
   const bool small = lane >= kGroups;
@@ -221,14 +221,36 @@ __device__ __forceinline__ void load_run(const DecodeParams& p, Buffers<C>& b, c
   auto is_whole = [&](int from, int tokens) {
     return (from >= cut || from + tokens <= cut) && (from >= end || from + tokens <= end);
   };
-  const bool whole = is_whole(begin, size), in_larger = small && is_whole(begin & ~31, 32);
-  const uint32_t scattered = (__ballot_sync(~0u, !whole) >> kGroups) & (~0u >> (32 - kAll));
-  if (lane == 0) ptx::mbarrier_expect_tx(full, (kAll - __popc(scattered)) * Tile::kGroupBytes);
+  const bool apart = step > 1 && begin >= cut && begin < end;
+  bool whole = is_whole(begin, size), in_larger = small && is_whole(begin & ~31, 32);
+  // Groups of 32 that lie apart, if there is a map for their step.
+  uint32_t strided = __ballot_sync(~0u, apart && !small && whole && slot_at(begin + 31) < p.num_slots);
+  int map = -1;
+  if (strided != 0) {
+    const bool keys = ptx::thread_id() / 32 == kKeyLoader;
+    map = strided_map(p, keys ? maps.strided_k : maps.strided_v, b.scattered->strides, !keys, step,
+                      item.num_tokens - first_run_of(item), lane);
+    if (map < 0) strided = 0;
+  }
+  if (apart) {
+    whole = false;
+    in_larger = small && ((strided >> (begin / 32)) & 1);
+  }
+  const uint32_t scattered = (__ballot_sync(~0u, !whole && !in_larger) >> kGroups) & (~0u >> (32 - kAll));
+  if (lane == 0) {
+    ptx::mbarrier_expect_tx(full, (kAll - __popc(scattered)) * Tile::kGroupBytes);
+#pragma unroll 1
+    for (; strided != 0; strided &= strided - 1) {
+      const int t = (__ffs(strided) - 1) * 32;
+      ptx::tma_load_5d(dst + t / 8 * Tile::kGroupBytes, p.work.maps + map, full, ptx::kEvictFirst, 0, 0, 0, 0,
+                       slot_at(t) * p.heads_per_slot + kv_head_of(item));
+    }
+  }
   __syncwarp();
   if (whole && !in_larger && lane < kGroups + kAll) {
     const int slot = slot_at(begin);
     ptx::tma_load_5d(dst + begin / 8 * Tile::kGroupBytes, b.maps + (small ? 0 : 1), full, ptx::kEvictFirst, 0,
-                     begin < end && slot + size <= p.num_slots ? slot : p.num_slots, 0, 0, kv_head);
+                     begin < end && slot + size <= p.num_slots ? slot : p.num_slots, 0, 0, kv_head_of(item));
   }
   if (scattered == 0) {
     if (lane == 0) ptx::mbarrier_arrive(full, kFullArrivals);
@@ -238,7 +260,8 @@ __device__ __forceinline__ void load_run(const DecodeParams& p, Buffers<C>& b, c
   for (int g = 0; g < kGroups; ++g) {
     const int t = g * 32 + lane;
     b.scattered->where[g * 32 + Turn<C>::position(lane)] =
-        t < end ? static_cast<uint32_t>(min(slot_at(t), p.num_slots - 1)) * p.kv_slot_units + kv_head * p.kv_head_units
+        t < end ? static_cast<uint32_t>(min(slot_at(t), p.num_slots - 1)) * p.kv_slot_units +
+                      kv_head_of(item) * p.kv_head_units
                 : kNoToken;
   }
   ptx::mbarrier_warp_arrive(full, lane);
@@ -333,13 +356,13 @@ __device__ __forceinline__ void load_kv(const DecodeParams& p, const TensorMaps&
     // Beside wide items narrow ones hold back: what they have in flight is the queue that the tiles of the wide ones,
     // which are in the L2, wait in.
     const bool shallow = b.count() > 2 && s.wide_ctas > 0 && item->q_rows <= kNarrowRows;
-    if (first_run_of(*item) > 0) {
+    if (first_run_of(*item) >= 0) {
       if (ptx::thread_id() == kKeyLoader * 32) ptx::mbarrier_arrive(ptx::smem_address(&s.item_begun[read.slot()]));
       if ((looked = item_ready<C>(s, read.next())))
         ahead = load_pages<C>(p, s.items[read.next().slot()], 0, ptx::thread_id() % 32);
 #pragma unroll 1
       for (int t = 0; t < item->num_tokens; t += C::kTile) {
-        load_run<C>(p, b, *item, t, shallow, ptx::thread_id() % 32);
+        load_run<C>(p, maps, b, *item, t, shallow, ptx::thread_id() % 32);
         publish(t == 0);
       }
     } else {
@@ -382,6 +405,7 @@ __device__ __forceinline__ void load_q_half(const DecodeParams& p, SharedStorage
   const int rows = min(item.q_rows - half * kNarrowRows, kNarrowRows);
   const uint32_t full = ptx::smem_address(&s.q_full[warpgroup]), base = ptx::smem_address(s.q[warpgroup]);
   const uint32_t phase = q_phase_of(item, warpgroup);
+  const int piece = piece_of(item);
   int from[2], to[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -390,8 +414,8 @@ __device__ __forceinline__ void load_q_half(const DecodeParams& p, SharedStorage
     to[i] = kNowhere;
     if (in_half < rows) {
       const RowInfo info = load_row_info(p, item.row_begin + local);
-      const int head = kv_head_of(item) * p.ratio + q_row - local * p.ratio, slot = info.slot + item.piece;
-      const bool fits = item.piece >= 0 && item.piece < info.pieces && slot < p.work.partial_capacity;
+      const int head = kv_head_of(item) * p.ratio + q_row - local * p.ratio, slot = info.slot + piece;
+      const bool fits = piece >= 0 && piece < info.pieces && slot < p.work.partial_capacity;
       from[i] = static_cast<int>(info.row * p.q_row_stride) + head * C::kHeadDim;
       to[i] = info.pieces == 1 ? info.row | 1 << 31 : fits ? slot : kNowhere;
     }

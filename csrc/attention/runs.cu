@@ -13,11 +13,12 @@ namespace flashcore {
 namespace {
 
 constexpr int kRunThreads = 256;
-static_assert(kRunTokens < 1 << (31 - kRunShift));
+static_assert(kRunTokens + 1 < 1 << (31 - kRunShift));
 
-// Tokens from `begin` on that lie in a row of slots which begins at `first`. By a warp.
+// Tokens from `begin` on that lie `step` slots apart, the first of them at slot `first`. By a warp.
 template <class Slots>
-__device__ __forceinline__ int run_length(const Slots& slot_of, int begin, int end, int64_t first, int lane) {
+__device__ __forceinline__ int run_length(const Slots& slot_of, int begin, int end, int64_t first, int64_t step,
+                                          int lane) {
   constexpr int kGroups = 4;  // of 32 tokens, whose pages are asked for at once
   int broken = end;
 #pragma unroll 1
@@ -25,7 +26,7 @@ __device__ __forceinline__ int run_length(const Slots& slot_of, int begin, int e
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
       const int at = t + 32 * g;
-      if (at < end && slot_of(at) != first + (at - begin)) broken = min(broken, at);
+      if (at < end && slot_of(at) != first + (at - begin) * step) broken = min(broken, at);
     }
   }
   return __reduce_min_sync(~0u, broken) - begin;
@@ -33,7 +34,7 @@ __device__ __forceinline__ int run_length(const Slots& slot_of, int begin, int e
 
 __device__ __forceinline__ void mark_runs(const ScheduleParams& p, WorkItem& item, int lane) {
   const int tokens = item.num_tokens;
-  if (tokens <= 0 || tokens > kRunTokens) return;
+  if (tokens <= 0 || tokens > kRunTokens || item.piece < 0 || item.piece >= 1 << kStepShift) return;
   const LayoutView& l = p.layout;
   auto slot_of = [&](int t) {
     const int at = item.token + t, page = p.by_page(at);
@@ -41,14 +42,19 @@ __device__ __forceinline__ void mark_runs(const ScheduleParams& p, WorkItem& ite
            (at - page * l.page_size);
   };
   const int64_t first = slot_of(0);
-  const int length = run_length(slot_of, 0, tokens, first, lane);
+  int length = run_length(slot_of, 0, tokens, first, 1, lane);
+  if (length == 1) length = 0;  // more likely the first of those that lie apart
   const int64_t second = length < tokens ? slot_of(length) : 0;
-  if (length < tokens && run_length(slot_of, length, tokens, second, lane) < tokens - length) return;
+  const int64_t step = length + 1 < tokens ? slot_of(length + 1) - second : 1;
+  if (length < tokens && run_length(slot_of, length, tokens, second, step, lane) < tokens - length) return;
   constexpr int64_t kMost = (int64_t{1} << 31) - kRunTokens - 1;
-  if (first < 0 || first > kMost || second < 0 || second > kMost || lane != 0) return;
+  const bool sound = first >= 0 && first <= kMost && step > 0 && step < 1 << (31 - kStepShift) && second >= 0 &&
+                     second + step * kRunTokens <= kMost;
+  if (!sound || lane != 0) return;
   item.page = static_cast<int>(first);
   item.token = static_cast<int>(second);
-  item.kv_head = length << kRunShift;
+  item.piece |= static_cast<int>(step) << kStepShift;
+  item.kv_head = (length + 1) << kRunShift;
 }
 
 __global__ void __launch_bounds__(kRunThreads) runs_kernel(const __grid_constant__ ScheduleParams p) {

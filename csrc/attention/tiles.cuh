@@ -142,8 +142,11 @@ __device__ __forceinline__ bool owns(const WorkItem& item, int warpgroup) {
   return (item.kv_head >> (kOwnerShift + warpgroup)) & 1;
 }
 
-// Tokens of the first run of an item of runs; else 0.
-__device__ __forceinline__ int first_run_of(const WorkItem& item) { return item.kv_head >> kRunShift; }
+// Tokens of the first run of an item of runs; else -1.
+__device__ __forceinline__ int first_run_of(const WorkItem& item) { return (item.kv_head >> kRunShift) - 1; }
+__device__ __forceinline__ int piece_of(const WorkItem& item) {
+  return first_run_of(item) < 0 ? item.piece : item.piece & ((1 << kStepShift) - 1);
+}
 
 __device__ __forceinline__ uint32_t q_phase_of(const WorkItem& item, int warpgroup) {
   return (item.kv_head >> (kOwnerShift + 2 + warpgroup)) & 1;

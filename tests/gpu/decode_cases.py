@@ -156,7 +156,7 @@ RUNS: list[list[int]] = [
     *([a, b] for a in (1, 7, 8, 31, 32, 33, 64, 100, 127, 128, 130) for b in (1, 8, 24, 33, 95, 128, 200)),
     *([512], [513], [256, 256], [300, 213], [5, 6, 7], [1, 1, 1, 1], [128, 1, 128]),
 ]
-"""Tokens of each run of a request: items of one run, of two, and those that are none (csrc/attention/runs.cu)."""
+"""Tokens of each run of a request: items of one run, of two, and requests of more (csrc/attention/runs.cu)."""
 
 
 APART: list[list[Epoch]] = [
@@ -168,6 +168,14 @@ APART: list[list[Epoch]] = [
     [(5, 32), (1, 32), (5, 32), (9, 8), (1, 300), (9, 40)],
 ]
 """Epochs of a request whose tokens lie apart."""
+
+GENERATED: list[list[Epoch]] = [
+    [(1, prompt), (step, tokens)]
+    for step in (2, 7, 64)
+    for prompt in (1, 5, 31, 100, 127)
+    for tokens in (1, 2, 31, 32, 33, 64, 90, 128, 200)
+]
+"""Epochs of requests that have generated beside others: items of two runs, the second of tokens that lie apart."""
 
 
 def random_case(rng: random.Random, orders: list[str]) -> tuple[Forest, int, int, int, torch.dtype]:

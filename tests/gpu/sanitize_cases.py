@@ -73,6 +73,7 @@ DECODE = (
     DecodeCase("many items", MANY, order="interleaved"),
     DecodeCase("many items, e4m3", MANY, order="interleaved", e4m3=True),
     DecodeCase("items of runs", PARTS),
+    DecodeCase("items of tokens apart", ((340, 77),), order="interleaved"),
     DecodeCase("items of runs, e4m3", PARTS, e4m3=True),
     DecodeCase("apart", NARROW, order="interleaved"),
     DecodeCase("apart, e4m3", NARROW, order="interleaved", e4m3=True),

@@ -11,7 +11,19 @@ import torch
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("no Hopper GPU", allow_module_level=True)
 
-from gpu.decode_cases import APART, RUNS, Decode, Forest, assert_accurate, forest, pools, random_case, runs, strided
+from gpu.decode_cases import (
+    APART,
+    GENERATED,
+    RUNS,
+    Decode,
+    Forest,
+    assert_accurate,
+    forest,
+    pools,
+    random_case,
+    runs,
+    strided,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -53,21 +65,35 @@ def test_items_of_runs_are_read_right(head_dim, heads):
     attend(runs([[40, 50]] * 700), heads=heads, kv_heads=2, head_dim=head_dim)  # several for every CTA
 
 
-@pytest.mark.parametrize("page_size, lengths", [(1, [90]), (1, [40, 50]), (1, [3, 40, 50]), (1, [600]), (64, [90])])
-def test_items_of_one_or_two_runs_are_marked(page_size, lengths):
-    requests = 500
-    f = runs([lengths] * requests) if page_size == 1 else forest([(requests, sum(lengths))], page_size)
-    decode = Decode(f.layout(), 8, 2, 128)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_items_of_a_run_and_of_tokens_apart_are_read_right(head_dim):
+    attend(strided(GENERATED), heads=8, kv_heads=2, head_dim=head_dim)
+    attend(forest([(1, 512), (400, 90)], order="interleaved"), heads=8, kv_heads=2, head_dim=head_dim)
+
+
+@pytest.mark.parametrize(
+    "request_, first, step",
+    [
+        ([(1, 90)], 90, 1),
+        ([(1, 40), (5, 50)], 41, 5),  # the first of those apart continues the run
+        ([(5, 90)], 0, 5),
+        ([(1, 1)], 0, 1),
+        ([(1, 3), (5, 20), (4, 20)], -1, 0),
+        ([(-1, 90)], -1, 0),
+        ([(1, 600)], None, 1),
+    ],
+)
+def test_items_of_one_or_two_runs_are_marked(request_, first, step):
+    requests, tokens = 500, sum(n for _, n in request_)
+    decode = Decode(strided([request_] * requests).layout(), 8, 2, 128)
     decode.schedule()
     items = decode.work_items()
-    assert items.shape[0] >= requests and items[:, 5].sum() == requests * sum(lengths)
-    marked = items[:, 7] >> 20
-    if len(lengths) > 2:
-        assert not marked.any()
-    elif len(lengths) == 2:
-        assert (marked == lengths[0]).all() and (items[:, 4] - items[:, 3] == lengths[0] + 1).all()
+    assert items.shape[0] >= requests and items[:, 5].sum() == requests * tokens
+    marked = (items[:, 7] >> 20) - 1
+    if first is None:  # too long, unless it has been cut
+        assert torch.equal(marked, torch.where(items[:, 5] <= 512, items[:, 5], -1))
     else:
-        assert torch.equal(marked, torch.where(items[:, 5] <= 512, items[:, 5], 0))
+        assert (marked == first).all() and (items[:, 6] >> 16 == step).all()
 
 
 def test_slots_that_are_no_whole_number_of_heads_are_read_right():

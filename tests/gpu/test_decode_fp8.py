@@ -10,7 +10,7 @@ import torch
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("no Hopper GPU", allow_module_level=True)
 
-from gpu.decode_cases import APART, RUNS, Decode, Forest, exact, forest, random_case, runs, strided
+from gpu.decode_cases import APART, GENERATED, RUNS, Decode, Forest, exact, forest, random_case, runs, strided
 from gpu.fp8_cases import E4M3, assert_close_to, e4m3_pools
 
 from flashcore_sglang.reference import scaled
@@ -54,6 +54,7 @@ def test_tokens_that_lie_apart_are_read_right(epochs, head_dim):
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_items_of_runs_are_read_right(head_dim):
     attend(runs(RUNS), heads=8, kv_heads=2, head_dim=head_dim)
+    attend(strided(GENERATED), heads=8, kv_heads=2, head_dim=head_dim)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
