@@ -101,6 +101,11 @@ CASES = (
     Case("groups of 32, 16, 8, 4, 2, 1, 1", (((32, 16, 8, 4, 2, 1, 1), 4096), (64, 512))),
     Case("groups 16 x 4: 8192 + 512", ((16, 8192), (64, 512))),
     Case("uneven tree 1, 3, 7, 96", ((1, 2048), ((64, 24, 8), 1024), ((40, 20, 4, 16, 8, 7, 1), 512), (96, 128))),
+    # Near the threshold of sharing (configs/cost_model.json).
+    Case("near 450 over 64", ((1, 450), (8, 256), (64, 256))),
+    Case("near 700 over 32", ((1, 700), (4, 1024), (32, 256))),
+    Case("near 440 over 2", ((128, 440), (256, 128))),
+    Case("near 180 over 4", ((64, 180), (256, 64))),
     Case("fragmented 64: 8192 + 512", ((1, 8192), (64, 512)), order="fragmented"),
     Case("fragmented dense 64 x 8192", ((64, 8192),), order="fragmented"),
 )

@@ -1,4 +1,4 @@
-"""Measure when reading a common prefix together pays, and print the constants of configs/cost_model.json.
+"""Measure when reading a common prefix together pays, and print constants for configs/cost_model.json.
 
     python scripts/tune.py [--heads 9 --kv-heads 3 --head-dim 64]        # the CPU path
     python scripts/tune.py --device cuda                                 # Hopper; 32 query heads on 8 KV heads of 128

@@ -58,7 +58,7 @@ template <typename T, int kPer>
 __global__ void __launch_bounds__(kHeadsPerCta * 32) merge_kernel(const __grid_constant__ MergeParams p) {
   // decode lets this grid start after it has itself waited for the schedule, whose results may thus be read at once.
   const int lane = threadIdx.x % 32, head = blockIdx.y * kHeadsPerCta + threadIdx.x / 32;
-  // Before the wait, so not from the L1: only the L2 has what the schedule wrote, two launches ago.
+  // Before the wait, so not from the L1: only the L2 has what the schedule wrote, before decode began.
   const int4 words = __ldcg(reinterpret_cast<const int4*>(p.work.rows) + blockIdx.x);
   const RowInfo info = {words.x, words.y, words.z, words.w};
   ptx::grid_dependency_wait();

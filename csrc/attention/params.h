@@ -1,7 +1,6 @@
-// Decode attention over the CSR layout: sizes, workspace and the params structs of its three
-// kernels (schedule.cu -> decode.cuh -> merge.cu). Shape letters: B requests, H query heads, G KV heads, R = H / G, D
-// head dim, P page size, S segments. A q_row of a segment is (row, head of the group): row = q_row / R, head = kv_head
-// * R + q_row % R.
+// Decode attention over the CSR layout: sizes, workspace and the params structs of its kernels (schedule.cu -> runs.cu
+// -> decode.cuh -> merge.cu). Shape letters: B requests, H query heads, G KV heads, R = H / G, D head dim, P page size,
+// S segments. A q_row of a segment is (row, head of the group): row = q_row / R, head = kv_head * R + q_row % R.
 #pragma once
 #include <cuda.h>
 #include <cuda_runtime.h>

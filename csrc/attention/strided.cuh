@@ -3,8 +3,8 @@
 //
 // A tensor map fixes its strides, and no host knows these. So a loader makes maps while it runs: a copy, in the
 // workspace, of one whose strides it replaces. kStrides of them a launch, each for good: copies in flight read them.
-// Making one takes fences, so only kApartTokens of a tile are a reason for it. Other tokens that lie apart come by
-// cp.async.
+// Making one takes fences, so only kApartTokens of a tile, or of an item of runs, are a reason for it. Other tokens
+// that lie apart come by cp.async.
 #pragma once
 #include "attention/tiles.cuh"
 

@@ -136,7 +136,8 @@ __device__ __forceinline__ RowInfo load_row_info(const DecodeParams& p, int posi
   return {x.x, x.y, x.z, x.w};
 }
 
-// kv_head also carries, from bit kOwnerShift: the warpgroups that work on the item, and the phases of their q buffers.
+// kv_head also carries, from bit kOwnerShift: the warpgroups that work on the item, and the phases of their q buffers;
+// from bit kRunShift: see first_run_of.
 __device__ __forceinline__ int kv_head_of(const WorkItem& item) { return item.kv_head & ((1 << kOwnerShift) - 1); }
 __device__ __forceinline__ bool owns(const WorkItem& item, int warpgroup) {
   return (item.kv_head >> (kOwnerShift + warpgroup)) & 1;

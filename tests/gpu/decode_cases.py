@@ -208,7 +208,7 @@ def pools(
 
 
 class Decode:
-    """The three kernels on one layout."""
+    """The kernels on one layout."""
 
     def __init__(
         self,

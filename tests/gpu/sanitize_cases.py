@@ -33,7 +33,7 @@ from flashcore_sglang.reach import Reach
 WIDE: tuple[Level, ...] = ((1, 320), (18, 40))  # 72 q_rows share
 NARROW: tuple[Level, ...] = ((3, 200),)
 SPLIT: tuple[Level, ...] = ((2, 1400),)
-PARTS: tuple[Level, ...] = ((170, 24), (340, 21))  # each request's item: two runs that end anywhere
+PARTS: tuple[Level, ...] = ((170, 21), (340, 150))  # each request's item: two runs that end anywhere
 MANY: tuple[Level, ...] = ((4, 64), (320, 24))  # several items for every CTA, so that it uses its buffers again
 TREE: tuple[Level, ...] = ((2, 256), ((3, 5), 128), (8, 33))
 
@@ -75,6 +75,8 @@ DECODE = (
     DecodeCase("items of runs", PARTS),
     DecodeCase("items of tokens apart", ((340, 77),), order="interleaved"),
     DecodeCase("items of runs, e4m3", PARTS, e4m3=True),
+    DecodeCase("items of runs d64", PARTS, 64),
+    DecodeCase("items of runs d256 fp16", PARTS, 256, torch.float16),
     DecodeCase("apart", NARROW, order="interleaved"),
     DecodeCase("apart, e4m3", NARROW, order="interleaved", e4m3=True),
     DecodeCase("wide d64 fp16, e4m3", WIDE, 64, torch.float16, order="permuted", e4m3=True),

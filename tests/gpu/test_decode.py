@@ -59,15 +59,16 @@ def test_tokens_that_lie_apart_are_read_right(epochs, head_dim):
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("heads", [8, 24])
-def test_items_of_runs_are_read_right(head_dim, heads):
-    attend(runs(RUNS), heads=heads, kv_heads=2, head_dim=head_dim)
-    attend(runs([[40, 50]] * 700), heads=heads, kv_heads=2, head_dim=head_dim)  # several for every CTA
+@pytest.mark.parametrize("ratio", [3, 12])
+def test_items_of_runs_are_read_right(head_dim, ratio):
+    # Three times: the first items of the CTAs are not read as runs.
+    attend(runs(RUNS * 3), heads=8 * ratio, kv_heads=8, head_dim=head_dim)
+    attend(runs([[40, 50]] * 700), heads=2 * ratio, kv_heads=2, head_dim=head_dim)  # several for every CTA
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_items_of_a_run_and_of_tokens_apart_are_read_right(head_dim):
-    attend(strided(GENERATED), heads=8, kv_heads=2, head_dim=head_dim)
+    attend(strided(GENERATED * 3), heads=32, kv_heads=8, head_dim=head_dim)
     attend(forest([(1, 512), (400, 90)], order="interleaved"), heads=8, kv_heads=2, head_dim=head_dim)
 
 
@@ -234,6 +235,17 @@ def test_bad_arguments_are_named():
     ]:
         with pytest.raises(ValueError, match=name):
             bad()
+
+
+@pytest.mark.parametrize("first, step", [(-20, 1), (-20, 7), (1 << 30, 1), (-3000, 32767), (-3000, 32768), (-1, 0)])
+def test_runs_that_leave_the_pool_fault_nothing(first, step):
+    f = runs([[90]] * 500)
+    q, k, v, decode = _setup(f)
+    pages = torch.arange(90, dtype=torch.int64) * step + first + (f.num_slots if first < 0 else 0)
+    decode.page_indices[: 250 * 90] = pages.clamp(max=2**31 - 1).to(torch.int32).repeat(250).cuda()
+    good = decode(q, k, v, scale=0.1)
+    torch.cuda.synchronize()
+    assert torch.isfinite(good[decode.row_order.long()[250:]]).all()
 
 
 def test_tables_out_of_range_fault_nothing():

@@ -53,8 +53,8 @@ def test_tokens_that_lie_apart_are_read_right(epochs, head_dim):
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_items_of_runs_are_read_right(head_dim):
-    attend(runs(RUNS), heads=8, kv_heads=2, head_dim=head_dim)
-    attend(strided(GENERATED), heads=8, kv_heads=2, head_dim=head_dim)
+    attend(runs(RUNS * 3), heads=32, kv_heads=8, head_dim=head_dim)
+    attend(strided(GENERATED * 3), heads=32, kv_heads=8, head_dim=head_dim)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
