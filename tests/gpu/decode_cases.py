@@ -116,6 +116,15 @@ Epoch = tuple[int, int]
 """(slots from one token to the next, tokens) that a request generated while the batch was of one size."""
 
 
+def of_slots(rows: Sequence[torch.Tensor], num_slots: int) -> Forest:
+    """Requests of these slots, on pages of one token."""
+    lens = torch.tensor([row.numel() for row in rows], dtype=torch.int32)
+    table = torch.zeros(len(rows) + 1, int(lens.max()), dtype=torch.int32)
+    for r, row in enumerate(rows):
+        table[r + 1, : row.numel()] = row
+    return Forest(1, num_slots, table, lens)
+
+
 def strided(requests: Sequence[Sequence[Epoch]]) -> Forest:
     """Requests of epochs, on pages of one token, that share nothing. A negative step goes down."""
     rows, next_slot = [], 1
@@ -126,11 +135,7 @@ def strided(requests: Sequence[Sequence[Epoch]]) -> Forest:
             parts.append(part.flip(0) if step < 0 else part)
             next_slot += abs(step) * tokens
         rows.append(torch.cat(parts))
-    lens = torch.tensor([row.numel() for row in rows], dtype=torch.int32)
-    table = torch.zeros(len(rows) + 1, int(lens.max()), dtype=torch.int32)
-    for r, row in enumerate(rows):
-        table[r + 1, : row.numel()] = row
-    return Forest(1, next_slot, table, lens)
+    return of_slots(rows, next_slot)
 
 
 def runs(requests: Sequence[Sequence[int]]) -> Forest:
@@ -144,11 +149,7 @@ def runs(requests: Sequence[Sequence[int]]) -> Forest:
             parts.append(torch.arange(next_slot, next_slot + length, dtype=torch.int32))
             next_slot += length
         rows.append(torch.cat(parts))
-    lens = torch.tensor([row.numel() for row in rows], dtype=torch.int32)
-    table = torch.zeros(len(rows) + 1, int(lens.max()), dtype=torch.int32)
-    for r, row in enumerate(rows):
-        table[r + 1, : row.numel()] = row
-    return Forest(1, next_slot, table, lens)
+    return of_slots(rows, next_slot)
 
 
 RUNS: list[list[int]] = [
