@@ -52,19 +52,19 @@ struct LayoutView {
   int page_size;  // P
 };
 
-// One (segment, row tile, chunk of its tokens), for every KV head. 32 bytes.
+// One (segment, row tile, chunk of its tokens), for every KV head. 32 bytes. In an item of runs (runs.cu) some fields
+// say something else.
 struct alignas(16) WorkItem {
   int row_begin;   // of the segment, in row_order
   int q_row;       // first q_row of the tile, within the segment
   int q_rows;      // 1 .. kWideRows; more than kNarrowRows: both consumer warpgroups
-  int page;        // first entry of the segment in page_indices. Of an item of runs: the slot its first run begins at
-  int token;       // first token of the chunk, counted from the start of that page. Of an item of runs: the slot its
-                   // second run begins at
+  int page;        // first entry of the segment in page_indices; of runs: the slot that the first begins at
+  int token;       // first token of the chunk, counted from the start of that page; of runs: the second's first slot
   int num_tokens;  // 0 ends the list
-  int piece;    // of the segment's rows: which of their pieces this chunk is. Of an item of runs, from bit kStepShift:
-                // slots from a token of its second run to the next
-  int kv_head;  // filled in when the item is taken; from bit kOwnerShift: its warpgroups, their q phases;
-                // from bit kRunShift: one more than its first run has tokens; 0: not an item of runs (runs.cu)
+  int piece;       // of the segment's rows: which of their pieces this chunk is; of runs, from bit kStepShift: slots
+                   // from a token of the second to the next
+  int kv_head;     // filled in when the item is taken, from bit kOwnerShift its warpgroups and their q phases; from bit
+                   // kRunShift: one more than the first run has tokens; 0: not an item of runs
 };
 
 // A piece is one chunk of one of a row's segments. The partial results of a row lie in consecutive slots, in the order

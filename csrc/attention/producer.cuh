@@ -346,8 +346,9 @@ __device__ __forceinline__ void load_kv(const DecodeParams& p, const TensorMaps&
   const WorkItem* item = &wait_item<C>(s, read);
   if (!has_start) ahead = load_pages<C>(p, *item, 0, ptx::thread_id() % 32);
   bool begun = false;
-  auto publish = [&](bool first) {                           // a tile has begun to be filled; `first` of its item
-    if (C::kConverts || ptx::thread_id() % 32 != 0) return;  // a converter does it itself
+  // A tile has begun to be filled; `first` of its item. A converter says so itself.
+  auto publish = [&](bool first) {
+    if (C::kConverts || ptx::thread_id() % 32 != 0) return;
     ptx::store_release(b.issued, b.slot + static_cast<int>(b.phase) * b.slots);
     if (first) ptx::mbarrier_arrive(ptx::smem_address(&s.item_started[read.slot()]));
   };
