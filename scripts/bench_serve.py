@@ -3,7 +3,7 @@
     python scripts/bench_serve.py                                       # every row, on a Hopper GPU; no download
     python scripts/bench_serve.py --backends fa3 ours --rows 1x256:8192+128:128 64x1:2048+128:128
     python scripts/bench_serve.py --defaults                            # every default of SGLang on
-    python scripts/bench_serve.py --load 6                              # also TTFT and ITL, 6 s of arrivals per row
+    python scripts/bench_serve.py --load 6                              # also TTFT and ITL, rounds of 6 s of arrivals
     python scripts/bench_serve.py --split-rows 1x256:8192+128:128       # also where a step's time goes
     python scripts/bench_serve.py --sglang-benchmark                    # also SGLang's own client, with a tokenizer
     python scripts/bench_serve.py --together --backends fa3 ours --server-args \\
@@ -16,8 +16,9 @@ into the radix cache first, save in the row marked "cold"; then all of its reque
 median of the server's own "gen throughput" while all of them decode; "whole" is output tokens over the time from the
 first request sent to the last answer read.
 
-With ``--load`` the same requests then arrive at random (Poisson) at 70 % of FA3's steady throughput: time to first
-token and between tokens. Measure FA3 first: a server before it gets 70 % of its own throughput.
+With ``--load`` the same requests then arrive at random (Poisson) at 70 % of FA3's throughput: time to first token and
+between tokens, percentiles over all rounds, which the servers of ``--together`` take in turn. Measure FA3 first: a
+server before it gets 70 % of its own throughput.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from serve_report import ROWS, Row, cell, chart, client_table, load_table, parse_row, split_table, table
+from serve_report import ROWS, Row, cell, chart, client_table, figure, load_table, parse_row, split_table, table
 from serving import Answer, Server, encode, generate, running, send_all, session, stop_servers_on_sigterm
 from sglang_benchmark import run as run_sglang_benchmark
 from sglang_benchmark import toy_tokenizer
@@ -86,7 +87,7 @@ Results = dict[str, Any]
 SPLIT_TOKENS = 96
 WARM_ARRIVALS = 8
 LOAD_SHARE = 0.7
-"""Of FA3's steady throughput, the rate at which requests arrive."""
+"""Of FA3's throughput, the rate at which requests arrive."""
 
 
 def percentiles(seconds: list[float]) -> dict[str, float]:
@@ -131,8 +132,8 @@ def measure(server: Server, row: Row) -> dict[str, Any]:
     }
 
 
-async def _arrive(url: str, bodies: list[bytes], per_second: float) -> list[Answer]:
-    generator = random.Random(0)
+async def _arrive(url: str, bodies: list[bytes], per_second: float, seed: int) -> list[Answer]:
+    generator = random.Random(seed)
     async with session() as client:
         tasks = []
         for body in bodies:
@@ -141,24 +142,39 @@ async def _arrive(url: str, bodies: list[bytes], per_second: float) -> list[Answ
         return await asyncio.gather(*tasks)
 
 
-def load(server: Server, row: Row, tokens_per_second: float, seconds: float) -> dict[str, Any]:
-    """Requests of the row, over and over, arriving so that they ask for ``tokens_per_second``."""
+def load(
+    servers: dict[str, Server], row: Row, tokens_per_second: float, seconds: float, rounds: int
+) -> dict[str, dict[str, Any]]:
+    """Requests of the row, over and over, arriving so that they ask for ``tokens_per_second``: in rounds that the
+    servers take in turn, the same arrivals for each. Figures of each server, over all rounds and by round."""
     per_second = tokens_per_second / row.output
     bodies = [encode(p, row.output, stream=True) for p in row.prompts()]
     count = max(8, int(per_second * seconds))
 
-    def arrive(requests: int) -> list[Answer]:
-        return _must_succeed(
-            asyncio.run(_arrive(server.url, [bodies[i % len(bodies)] for i in range(requests)], per_second))
-        )
+    def arrive(server: Server, requests: int, seed: int) -> list[Answer]:
+        if row.cold:
+            server.flush_cache()
+        chosen = [bodies[i % len(bodies)] for i in range(requests)]
+        return _must_succeed(asyncio.run(_arrive(server.url, chosen, per_second, seed)))
 
-    arrive(WARM_ARRIVALS)  # batches of sizes that the server has not seen
-    answers = arrive(count)
+    def figures(answers: list[Answer]) -> dict[str, Any]:
+        gaps = [gap for a in answers for gap in a.gaps]
+        return {"ttft": percentiles([a.ttft for a in answers]), "itl": percentiles(gaps)}
+
+    for server in servers.values():
+        arrive(server, WARM_ARRIVALS, 0)  # batches of sizes that the server has not seen
+    answers: dict[str, list[list[Answer]]] = {name: [] for name in servers}
+    for n in range(rounds):
+        for name, server in servers.items():
+            answers[name].append(arrive(server, count, n))
     return {
-        "requests": count,
-        "tokens_per_second": tokens_per_second,
-        "ttft": percentiles([a.ttft for a in answers]),
-        "itl": percentiles([gap for a in answers for gap in a.gaps]),
+        name: {
+            "requests": rounds * count,
+            "tokens_per_second": tokens_per_second,
+            **figures([answer for one in mine for answer in one]),
+            "rounds": [figures(one) for one in mine],
+        }
+        for name, mine in answers.items()
     }
 
 
@@ -195,16 +211,21 @@ def bench_row(server: Server, name: str, row: Row, args: argparse.Namespace, mod
     """Measures a row on a server and adds it to ``results``."""
     mine = results["backends"].setdefault(name, {"ready_seconds": server.ready_seconds, "rows": {}})
     entry = mine["rows"][row.name] = measure(server, row)
-    fa3 = (results["backends"].get("fa3") or mine)["rows"].get(row.name)
-    under_load = args.load and row in (args.load_rows or args.rows) and not row.cold
-    if under_load and fa3 and fa3["steady"]:
-        entry["load"] = load(server, row, LOAD_SHARE * fa3["steady"], args.load)
     if row in args.split_rows:
         entry["split"] = split_of(server, row)
     if args.sglang_benchmark and not row.cold:
         workload = {key: value for key, value in asdict(row).items() if key not in ("target", "cold")}
         entry["sglang_benchmark"] = run_sglang_benchmark(server.url, model, **workload)
     print(f"{name:12s} {row.name:24s} {cell(entry['steady'])} steady {cell(entry['whole'])} whole", flush=True)
+
+
+def bench_load(servers: dict[str, Server], row: Row, args: argparse.Namespace, results: Results) -> None:
+    """The row under load on servers that have measured it, added to ``results``."""
+    peer = "fa3" if figure(results, "fa3", row) else next(iter(servers))
+    if throughput := figure(results, peer, row):
+        measured = load(servers, row, LOAD_SHARE * throughput, args.load, args.load_rounds)
+        for name, figures in measured.items():
+            results["backends"][name]["rows"][row.name]["load"] = figures
 
 
 def bench(args: argparse.Namespace, model: str, results: Results, save: Callable[[], None]) -> None:
@@ -219,6 +240,9 @@ def bench(args: argparse.Namespace, model: str, results: Results, save: Callable
             for row in args.rows:
                 for name, server in servers.items():
                     bench_row(server, name, row, args, model, results)
+                    save()
+                if args.load and row in (args.load_rows or args.rows):
+                    bench_load(servers, row, args, results)
                     save()
 
 
@@ -249,6 +273,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=parse_row, default=list(ROWS), help="default: the table's")
     parser.add_argument("--defaults", action="store_true", help="SGLang's own defaults: all graphs, all features")
     parser.add_argument("--load", type=float, default=0.0, metavar="SECONDS", help="also TTFT and ITL under load")
+    parser.add_argument("--load-rounds", type=int, default=1, help="of --load, on each server")
     parser.add_argument("--load-rows", nargs="+", type=parse_row, metavar="ROW", help="rows of --load; default: --rows")
     parser.add_argument("--split-rows", nargs="+", type=parse_row, default=[], metavar="ROW",
                         help="rows of --rows: also the shares of attention and the rest in a step")  # fmt: skip

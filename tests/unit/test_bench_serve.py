@@ -113,3 +113,23 @@ def test_sglang_benchmark_shares_prefixes_where_the_row_does():
     assert "generated-shared-prefix" in shared and shared[shared.index("--gsp-num-groups") + 1] == "4"
     alone = sglang_benchmark.arguments("url", "model", requests=1, shared=64, **row)
     assert "random-ids" in alone and alone[alone.index("--random-input-len") + 1] == "72"
+
+
+def test_servers_take_the_same_arrivals_in_turn(monkeypatch):
+    calls = []
+
+    async def arrive(url: str, bodies: list[bytes], per_second: float, seed: int) -> list[serving.Answer]:
+        calls.append((url, len(bodies), per_second, seed))
+        first = 0.1 if url == "a" else 0.2
+        return [serving.Answer(arrivals=[first, first + 0.01 * (seed + 1)]) for _ in bodies]
+
+    monkeypatch.setattr(bench_serve, "_arrive", arrive)
+    servers = {url: serving.Server(url, None, None) for url in ("a", "b")}
+    row = serve_report.parse_row("1x2:8+4:128")
+    figures = bench_serve.load(servers, row, tokens_per_second=1280.0, seconds=2.0, rounds=2)
+    assert [(url, seed) for url, count, _, seed in calls if count == 20] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert {per_second for _, _, per_second, _ in calls} == {10.0}
+    assert figures["b"]["requests"] == 40
+    assert figures["b"]["ttft"]["p50_ms"] == pytest.approx(200)
+    assert [x["itl"]["p99_ms"] for x in figures["a"]["rounds"]] == pytest.approx([10, 20])
+    assert figures["a"]["itl"]["p99_ms"] == pytest.approx(20)
