@@ -109,13 +109,17 @@ void launch_kernel(const Params& p, int ctas, cudaStream_t stream) {
 
 template <typename Cache, int kHeadDim>
 void launch(const Params& p, int ctas, cudaStream_t stream) {
-  const bool scaled = p.cache.k != nullptr || p.cache.v != nullptr || p.cache.v_host != 1.f;
-  if (p.logit_cap > 0.f || p.windowed || p.custom_mask != nullptr) {
-    launch_kernel<Traits<Cache, kHeadDim, true, true>>(p, ctas, stream);
+  constexpr bool kE4m3 = std::is_same_v<Cache, E4m3>;
+  const bool scaled = kE4m3 || p.cache.k != nullptr || p.cache.v != nullptr || p.cache.v_host != 1.f;
+  const bool masks = p.windowed || p.custom_mask != nullptr;
+  if (p.logit_cap > 0.f || (masks && scaled != kE4m3)) {
+    launch_kernel<Traits<Cache, kHeadDim, true, true, true>>(p, ctas, stream);
+  } else if (masks) {
+    launch_kernel<Traits<Cache, kHeadDim, true, false, kE4m3>>(p, ctas, stream);
   } else if (scaled) {
-    launch_kernel<Traits<Cache, kHeadDim, false, true>>(p, ctas, stream);
+    launch_kernel<Traits<Cache, kHeadDim, false, false, true>>(p, ctas, stream);
   } else {
-    launch_kernel<Traits<Cache, kHeadDim, false, std::is_same_v<Cache, E4m3>>>(p, ctas, stream);
+    launch_kernel<Traits<Cache, kHeadDim, false, false, kE4m3>>(p, ctas, stream);
   }
 }
 

@@ -61,44 +61,30 @@ struct Rows {
   int indices[2];  // in out; -1: there is no such row
 };
 
-// What lies before a sliding window. `begins`: the first positions that the two rows see.
-template <class C>
-__device__ __forceinline__ void hide_before(const Tile& tile, float (&scores)[C::kTile / 2], const int (&begins)[2]) {
-  const int column = (ptx::thread_id() & 3) * 2;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int begin = begins[r] - tile.position - column;
-#pragma unroll
-    for (int j = 0; j < C::kTile / 8; ++j) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (j * 8 + i < begin) scores[j * 4 + r * 2 + i] = -INFINITY;
-      }
-    }
-  }
+// Of the scores of one of the thread's rows, bit 2 j + i for column 8 j + i from its first one on: those of the first
+// `columns` columns.
+__device__ __forceinline__ uint32_t columns_below(int columns) {
+  const int scores = columns / 8 * 2 + min(columns % 8, 2);
+  return columns <= 0 ? 0 : scores >= 32 ? ~0u : (1u << scores) - 1;
 }
 
-// What a custom mask hides; `limits`: tokens that are seen else, from the thread's first column on; `masks`: the
-// elements of the mask that stand for position 0 of the two rows, -1: none. Drafts are few, so most columns of a tile
-// are left out; what is read comes from memory, for both rows at a time.
-template <class C>
-__device__ __forceinline__ void hide_by_mask(const Params& p, const Tile& tile, float (&scores)[C::kTile / 2],
-                                             const int (&limits)[2], const int (&masks)[2]) {
-  const int column = (ptx::thread_id() & 3) * 2;
+// What a custom mask leaves of `seen`, bits as of columns_below. `mask`: the element that stands for the row's first
+// column, ~0: all is left; `columns`: those to ask for. A short loop, as in a cold launch each line of code comes from
+// memory; drafts are few, so it ends soon.
+__device__ __forceinline__ void hide_by_mask(const Params& p, const uint32_t (&mask)[2], int columns,
+                                             uint32_t (&seen)[2]) {
+#pragma unroll 1
+  for (int j = 0; j * 8 < columns; j += 2) {
+    uint32_t kept[2] = {0, 0};
 #pragma unroll
-  for (int j = 0; j < C::kTile / 8; ++j) {
-    if (j * 8 >= max(limits[0], limits[1])) continue;
-    bool hidden[4];
-#pragma unroll
-    for (int x = 0; x < 4; ++x) {
-      const int64_t at = static_cast<int64_t>(masks[x / 2]) + tile.position + column + j * 8 + x % 2;
-      const bool read = masks[x / 2] >= 0 && j * 8 + x % 2 < limits[x / 2] && at < p.mask_size;
-      hidden[x] = masks[x / 2] >= 0 && (read ? __ldg(p.custom_mask + at) : 0) == 0;
+    for (int x = 0; x < 8; ++x) {
+      const int r = x / 4, bit = 2 * j + x % 4;
+      const uint32_t at = mask[r] + (j + x % 4 / 2) * 8 + x % 2;
+      const bool read = ((seen[r] >> bit) & 1) && at < static_cast<uint32_t>(p.mask_size);
+      kept[r] |= (mask[r] == ~0u || (read && __ldg(p.custom_mask + at) != 0) ? 1u : 0u) << x % 4;
     }
 #pragma unroll
-    for (int x = 0; x < 4; ++x) {
-      if (hidden[x]) scores[j * 4 + x] = -INFINITY;
-    }
+    for (int r = 0; r < 2; ++r) seen[r] &= ~(0xFu << 2 * j) | kept[r] << 2 * j;
   }
 }
 
@@ -113,25 +99,28 @@ __device__ __forceinline__ void hide(const Params& p, const Item& item, const Ti
   for (int r = 0; r < 2; ++r) {
     const int row = first_row() + 8 * r;
     limits[r] = (row >= first && row < end ? min(valid, rows.ends[r] - tile.position) : 0) - column;
-#pragma unroll
-    for (int j = 0; j < C::kTile / 8; ++j) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (j * 8 + i >= limits[r]) scores[j * 4 + r * 2 + i] = -INFINITY;
-      }
-    }
   }
-  if constexpr (C::kGeneral) {
-    if (!p.windowed && p.custom_mask == nullptr) return;
-    int begins[2], masks[2];  // asked for here, as registers are short
+  if constexpr (C::kMasks) {
+    uint32_t seen[2];
+    uint32_t mask[2];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
+    for (int r = 0; r < 2; ++r) {  // asked for here, as registers are short
       const Token* token = token_of(p, item, first_row() + 8 * r);
-      begins[r] = token != nullptr ? __ldg(&token->begin) : 0;
-      masks[r] = token != nullptr ? __ldg(&token->mask) : -1;
+      const int begin = p.windowed && token != nullptr ? __ldg(&token->begin) : 0;
+      const int element = token != nullptr ? __ldg(&token->mask) : -1;
+      mask[r] = element < 0 ? ~0u : static_cast<uint32_t>(element) + tile.position + column;
+      seen[r] = columns_below(limits[r]) & ~columns_below(begin - tile.position - column);
     }
-    if (p.windowed) hide_before<C>(tile, scores, begins);
-    if (p.custom_mask != nullptr) hide_by_mask<C>(p, tile, scores, limits, masks);
+    if (p.custom_mask != nullptr) hide_by_mask(p, mask, max(limits[0], limits[1]), seen);
+#pragma unroll
+    for (int i = 0; i < C::kTile / 2; ++i) {
+      if (!((seen[i / 2 % 2] >> (i / 4 * 2 + i % 2)) & 1)) scores[i] = -INFINITY;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < C::kTile / 2; ++i) {
+      if (i / 4 * 8 + i % 2 >= limits[i / 2 % 2]) scores[i] = -INFINITY;
+    }
   }
 }
 
@@ -330,7 +319,7 @@ template <class C>
 __device__ __forceinline__ void mask_and_cap(const Params& p, const Item& item, const Tile& tile, uint32_t flags,
                                              float (&scores)[C::kTile / 2], const Rows& rows,
                                              const ItemScales<C>& scales) {
-  if constexpr (C::kGeneral) decode::cap_scores<C::kTile, C::kConverts ? 8 : C::kTile / 2>(scales.of(p), scores);
+  if constexpr (C::kCap) decode::cap_scores<C::kTile, C::kConverts ? 8 : C::kTile / 2>(scales.of(p), scores);
   if (flags & kMasked) hide<C>(p, item, tile, scores, rows);
 }
 

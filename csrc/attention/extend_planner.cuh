@@ -33,6 +33,18 @@ __device__ __forceinline__ Pages<C> load_pages(const Params& p, const Piece& pie
   return r;
 }
 
+// Asks for the custom mask of a tile, which the consumers else wait for.
+__device__ __forceinline__ void prefetch_mask(const Params& p, const Item& item, const Piece& piece, int token,
+                                              int lane) {
+  const int first = token_at(p, item.q_row + (piece.rows & 0xFFFF)), end = item.q_row + (piece.rows >> 16);
+  if (piece.rows >> 16 == 0) return;
+  for (int t = first + lane; t <= token_at(p, end - 1); t += 32) {
+    const int mask = __ldg(&p.work.tokens[t].mask);
+    const int64_t at = static_cast<int64_t>(mask) + piece.begin + token;
+    if (mask >= 0 && at >= 0 && at < p.mask_size) ptx::prefetch_l1(p.custom_mask + at);
+  }
+}
+
 // Publishes one tile. Slots are inside the pool whatever the table holds.
 template <class C>
 __device__ __forceinline__ void plan_tile(const Params& p, SharedStorage<C>& s, Ring<kPlanned>& ring, int& tile,
@@ -75,6 +87,10 @@ __device__ __forceinline__ void plan_tile(const Params& p, SharedStorage<C>& s, 
                      valid | (piece.rows & 0xFF) << 8 | ((piece.rows >> 16) & 0xFF) << 16 | flags << kFlagShift};
   }
   ptx::mbarrier_warp_arrive(ptx::smem_address(&s.planned[ring.slot()]), lane);
+  if constexpr (C::kMasks) {
+    if (p.custom_mask != nullptr && (token < piece.from || token + C::kTile > piece.full))
+      prefetch_mask(p, s.items[item], piece, token, lane);
+  }
   ring.advance();
   tile = (tile + 1) % kTiles;
 }

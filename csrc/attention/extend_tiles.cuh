@@ -9,15 +9,15 @@ namespace flashcore::extend {
 using decode::Ring;
 using decode::tile_offset;
 
-// kGeneral: with logit cap, sliding window or custom mask, whose code the loop else does without.
+// kMasks: with sliding window or custom mask; kCap: with logit cap. The loop else does without their code.
 // Cache: the elements of what is read. E4m3 is converted (converter.cuh) to fp16, the type of the products.
 // kScaled: with the scales of an e4m3 cache, which extend_gather.cu may have converted.
-template <typename Cache, int kHeadDim_, bool kGeneral_, bool kScaled_>
+template <typename Cache, int kHeadDim_, bool kMasks_, bool kCap_, bool kScaled_>
 struct Traits {
   static constexpr bool kConverts = std::is_same_v<Cache, E4m3>;
   using T = std::conditional_t<kConverts, __half, Cache>;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr bool kGeneral = kGeneral_, kScaled = kScaled_;
+  static constexpr bool kMasks = kMasks_, kCap = kCap_, kScaled = kScaled_;
   static constexpr int kRows = tile_rows(kHeadDim, kConverts), kWarpgroups = kRows / 64;  // consumers
   static constexpr int kThreads = 128 + 128 * kWarpgroups + (kConverts ? 128 : 0);
   static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : 40;

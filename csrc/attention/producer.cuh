@@ -221,20 +221,22 @@ __device__ __forceinline__ void load_run(const DecodeParams& p, const TensorMaps
   auto is_whole = [&](int from, int tokens) {
     return (from >= cut || from + tokens <= cut) && (from >= end || from + tokens <= end);
   };
-  const bool apart = step > 1 && begin >= cut && begin < end;
   bool whole = is_whole(begin, size), in_larger = small && is_whole(begin & ~31, 32);
-  // Groups of 32 that lie apart, if there is a map for their step.
-  uint32_t strided = __ballot_sync(~0u, apart && !small && whole && slot_at(begin + 31) < p.num_slots);
+  uint32_t strided = 0;  // groups of 32 that lie apart, if there is a map for their step
   int map = -1;
-  if (strided != 0) {
-    const bool keys = ptx::thread_id() / 32 == kKeyLoader;
-    map = strided_map(p, keys ? maps.strided_k : maps.strided_v, b.scattered->strides, !keys, step,
-                      item.num_tokens - first_run_of(item), lane);
-    if (map < 0) strided = 0;
-  }
-  if (apart) {
-    whole = false;
-    in_larger = small && ((strided >> (begin / 32)) & 1);
+  if (step > 1) {
+    const bool apart = begin >= cut && begin < end;
+    strided = __ballot_sync(~0u, apart && !small && whole && slot_at(begin + 31) < p.num_slots);
+    if (strided != 0) {
+      const bool keys = ptx::thread_id() / 32 == kKeyLoader;
+      map = strided_map(p, keys ? maps.strided_k : maps.strided_v, b.scattered->strides, !keys, step,
+                        item.num_tokens - first_run_of(item), lane);
+      if (map < 0) strided = 0;
+    }
+    if (apart) {
+      whole = false;
+      in_larger = small && ((strided >> (begin / 32)) & 1);
+    }
   }
   const uint32_t scattered = (__ballot_sync(~0u, !whole && !in_larger) >> kGroups) & (~0u >> (32 - kAll));
   if (lane == 0) {

@@ -19,7 +19,7 @@ static_assert(kRunTokens + 1 < 1 << (31 - kRunShift));
 template <class Slots>
 __device__ __forceinline__ int run_length(const Slots& slot_of, int begin, int end, int64_t first, int64_t step,
                                           int lane) {
-  constexpr int kGroups = 4;  // of 32 tokens, whose pages are asked for at once
+  constexpr int kGroups = kRunTokens / 32;  // of 32 tokens, whose pages are asked for at once
   int broken = end;
 #pragma unroll 1
   for (int t = begin + lane; t < end; t += 32 * kGroups) {

@@ -82,6 +82,10 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t bar, uint32_t parity) {
 // L2 policies in the encoding of createpolicy.fractional with fraction 1.
 constexpr uint64_t kEvictFirst = 0x12F0000000000000ull, kEvictLast = 0x14F0000000000000ull;
 
+// Into the L1, by a load whose value nobody waits for.
+__device__ __forceinline__ void prefetch_l1(const uint8_t* at) {
+  asm volatile("{\n.reg .u32 unused;\nld.global.nc.u8 unused, [%0];\n}" ::"l"(at));
+}
 __device__ __forceinline__ void prefetch_tensormap(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
