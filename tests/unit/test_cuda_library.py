@@ -58,9 +58,30 @@ def test_no_matrix_product_waits_for_the_one_before(report: str) -> None:
     assert "wgmma.mma_async instructions are serialized" not in report, report
 
 
-def test_attention_kernels_issue_warpgroup_matrix_products(library: Path) -> None:
+@pytest.fixture(scope="module")
+def attention_kernels(library: Path) -> dict[str, str]:
+    """Machine code of the decode and extend kernels, by their mangled names."""
     sass = subprocess.run([cuobjdump(), "--dump-sass", str(library)], capture_output=True, text=True, check=True).stdout
     kernels = dict(re.findall(r"Function : (\S+)\n(.*?)(?=Function : |\Z)", sass, re.S))
-    attention = {name: code for name, code in kernels.items() if re.search("decode_kernel|extend_kernel", name)}
-    assert len(attention) >= 18, sorted(kernels)  # 2 dtypes x 3 head dims; extend plain, with masks, with all
-    assert [name for name, code in attention.items() if "HGMMA" not in code] == []
+    return {name: code for name, code in kernels.items() if re.search("decode_kernel|extend_kernel", name)}
+
+
+def test_attention_kernels_issue_warpgroup_matrix_products(attention_kernels: dict[str, str]) -> None:
+    assert len(attention_kernels) >= 18  # 2 dtypes x 3 head dims; extend plain, with masks, with all
+    assert [name for name, code in attention_kernels.items() if "HGMMA" not in code] == []
+
+
+def test_every_wait_for_a_matrix_product_stands_once(attention_kernels: dict[str, str]) -> None:
+    """The four warps of a warpgroup must wait at the same instruction. Behind a branch that each warp takes for
+    itself, the compiler may make two of one wait: no result is wrong on most runs, and synccheck sees it."""
+    waits = {
+        kernel: (build.csrc_dir() / "attention" / source).read_text().count("ptx::wgmma_wait<")
+        for kernel, source in (("decode_kernel", "consumer.cuh"), ("extend_kernel", "extend_consumer.cuh"))
+    }
+    copies = {
+        name: (wanted, code.count("WARPGROUP.DEPBAR"))
+        for name, code in attention_kernels.items()
+        for kernel, wanted in waits.items()
+        if kernel in name
+    }
+    assert {name: counts for name, counts in copies.items() if counts[0] != counts[1]} == {}
