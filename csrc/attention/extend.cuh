@@ -33,8 +33,7 @@ namespace flashcore::extend {
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1)
     extend_kernel(const __grid_constant__ Params p, const __grid_constant__ TensorMaps maps) {
-  extern __shared__ __align__(1024) char raw[];
-  auto& s = *reinterpret_cast<SharedStorage<C>*>(raw);
+  auto& s = ptx::dynamic_shared<SharedStorage<C>>();
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   if (threadIdx.x == 0) {
     for (int i = 0; i < C::kBuffers; ++i) {

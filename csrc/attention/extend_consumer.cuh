@@ -186,9 +186,7 @@ __device__ __forceinline__ void store_partial(const Params& p, const Item& item,
   }
 }
 
-__device__ __forceinline__ void sync_warpgroup() {
-  asm volatile("barrier.cta.sync %0, 128;" ::"r"(1 + warpgroup_id()) : "memory");
-}
+__device__ __forceinline__ void sync_warpgroup() { ptx::barrier_sync(1 + warpgroup_id(), 128); }
 
 // The warpgroup that finishes a tile's last chunk adds up all of them, in the order of the chunks whoever it is:
 // out = sum w_i O_i / (sum w_i + sink), w_i = exp2(lse2_i - max). A warp takes a row at a time.

@@ -41,10 +41,8 @@ __device__ __forceinline__ void load_groups(const Params& p, const uint32_t* slo
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) at[i] = slots[g * 8 + r + i * kRowsPerStep + sub];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        // One instruction, and registers of its own: a copy holds those of its address for long.
-        asm volatile("mad.wide.u32 %0, %1, 16, %2;" : "=l"(from[i]) : "r"(at[i] == kNoToken ? 0 : at[i]), "l"(src));
-      }
+      for (int i = 0; i < kBatch; ++i)  // a copy holds the registers of its address for long
+        from[i] = ptx::element_address(src, at[i] == kNoToken ? 0 : at[i]);
 #pragma unroll
       for (int i = 0; i < kBatch; ++i)
         ptx::cp_async_16(dst + g * Tile::kGroupBytes + tile_offset<Tile>(r + i * kRowsPerStep + sub, chunk), from[i],

@@ -7,11 +7,7 @@
 namespace flashcore::extend {
 
 // x, which is not to be had before `y`: so the compiler places what is made of x behind what makes y.
-__device__ __forceinline__ float after(float y, float x) {
-  float low = -INFINITY;
-  asm volatile("" : "+f"(low));
-  return fmaxf(x, fminf(y, low));
-}
+__device__ __forceinline__ float after(float y, float x) { return fmaxf(x, fminf(y, ptx::opaque(-INFINITY))); }
 
 template <class C>
 struct Softmax {
@@ -47,8 +43,7 @@ struct Softmax {
 #pragma unroll
     for (int i = 0; i < kScores; ++i) {
       float& x = at<kRow>(scores, i);
-      // volatile: not behind the wait for the product
-      asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(x) : "f"(fmaf(x, p.scale_log2, -shift)));
+      x = ptx::exp2_approx_in_place(fmaf(x, p.scale_log2, -shift));  // not behind the wait for the product
     }
   }
 

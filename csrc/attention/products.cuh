@@ -78,8 +78,7 @@ template <int kTile, int kBlock = kTile / 2, class Params>
 __device__ __forceinline__ void cap_scores(const Params& p, float (&scores)[kTile / 2]) {
 #pragma unroll
   for (int from = 0; from < kTile / 2; from += kBlock) {
-    float cap = p.logit_cap;
-    if constexpr (kBlock < kTile / 2) asm volatile("" : "+f"(cap));  // else the branches become one
+    const float cap = kBlock < kTile / 2 ? ptx::opaque(p.logit_cap) : p.logit_cap;  // else the branches become one
     if (cap > 0.f) {
 #pragma unroll
       for (int i = from; i < from + kBlock; ++i)
@@ -177,7 +176,7 @@ __device__ __forceinline__ void convert_q(uint32_t q_smem, int barrier) {
     ptx::store_shared_16(q_smem + at, x);
   }
   ptx::fence_proxy_async();
-  asm volatile("barrier.cta.sync %0, 128;" ::"r"(barrier) : "memory");
+  ptx::barrier_sync(barrier, 128);
 }
 
 // What scores are multiplied with: the launch's own numbers, or for an e4m3 cache with the scale of its K.

@@ -127,6 +127,12 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t smem) {
 }
 
 // ---- shared memory among the threads of a CTA ----
+// All that the launch asked for.
+template <class T>
+__device__ __forceinline__ T& dynamic_shared() {
+  extern __shared__ __align__(alignof(T) < 16 ? 16 : alignof(T)) char raw[];
+  return *reinterpret_cast<T*>(raw);
+}
 __device__ __forceinline__ uint4 load_shared_16(uint32_t smem) {
   uint4 x;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
@@ -179,6 +185,10 @@ __device__ __forceinline__ uint32_t load_shared_if(bool condition, uint32_t smem
 }
 
 // ---- warps and grids ----
+// Named barriers: `threads` of the CTA wait for one another.
+__device__ __forceinline__ void barrier_sync(int barrier, int threads) {
+  asm volatile("barrier.cta.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
 // threadIdx.x read anew at every use: in the main loops a register that holds it is one too many.
 __device__ __forceinline__ int thread_id() {
   int id;
@@ -238,10 +248,30 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
+// The same, and it stays where it is among other volatile instructions.
+__device__ __forceinline__ float exp2_approx_in_place(float x) {
+  float y;
+  asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 __device__ __forceinline__ float rcp_approx(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+// x, of which the compiler then knows nothing.
+__device__ __forceinline__ float opaque(float x) {
+  asm volatile("" : "+f"(x));
+  return x;
+}
+
+// base + index in one instruction, with registers of its own.
+__device__ __forceinline__ const int4* element_address(const int4* base, uint32_t index) {
+  const int4* at;
+  asm volatile("mad.wide.u32 %0, %1, 16, %2;" : "=l"(at) : "r"(index), "l"(base));
+  return at;
 }
 
 }  // namespace flashcore::ptx
