@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -94,17 +96,19 @@ def batch(
     return Batch(page_size, at, table, seq_lens, torch.tensor([new for *_, new in rows], dtype=torch.int32))
 
 
-def pools(b: Batch, kv_heads: int, head_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def pools(
+    b: Batch, kv_heads: int, head_dim: int, dtype: torch.dtype, device: str = "cuda"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V with NaN in every slot that no request owns."""
-    k, v = (torch.randn(b.num_slots, kv_heads, head_dim, device="cuda", dtype=dtype) for _ in range(2))
-    owned = b.owned.cuda()
+    k, v = (torch.randn(b.num_slots, kv_heads, head_dim, device=device, dtype=dtype) for _ in range(2))
+    owned = b.owned.to(device)
     k[~owned] = torch.nan
     v[~owned] = torch.nan
     return k, v
 
 
 class Extend:
-    """The kernels on one batch."""
+    """The kernels on one batch. ``pager_type``: of another device than a GPU, what takes ``DevicePager``'s place."""
 
     def __init__(
         self,
@@ -121,10 +125,12 @@ class Extend:
         max_tokens: int | None = None,
         poison: bool = True,
         kv_dtype: torch.dtype = torch.bfloat16,
+        device: str = "cuda",
+        pager_type: Callable[..., Any] = DevicePager,
     ) -> None:
         self.poison = poison  # partial results and gathered K and V with NaN before each run
         self.b, self.visible, self.window_left = b, visible, window_left
-        self.pager = DevicePager(
+        self.pager = pager_type(
             b.page_size,
             max_rows=b.rows,
             max_tokens=b.table.shape[1],
@@ -140,10 +146,11 @@ class Extend:
             max_tokens=max_tokens or max(b.num_tokens, 1),
             kv_dtype=kv_dtype,
             gather=gather,
+            device=device,
         )
         self.q_rows = 192 if head_dim == 64 else 128  # of a tile, at most
-        self.seq_lens, self.q_lens = b.seq_lens.cuda(), b.q_lens.cuda()
-        self.kernels.snapshot(b.table.cuda(), b.indices.cuda(), self.seq_lens)
+        self.seq_lens, self.q_lens = b.seq_lens.to(device), b.q_lens.to(device)
+        self.kernels.snapshot(b.table.to(device), b.indices.to(device), self.seq_lens)
 
     def plan(self) -> None:
         self.kernels.plan(

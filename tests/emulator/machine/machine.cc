@@ -1,0 +1,265 @@
+#include "machine/machine.h"
+
+#include <cuda_runtime.h>
+#include <sys/mman.h>
+
+#include <stdexcept>
+
+#include "machine/fiber.h"
+
+uint3 threadIdx, blockIdx;
+dim3 blockDim, gridDim;
+
+namespace emulator {
+
+Machine machine;
+
+namespace {
+
+constexpr size_t kWindowBytes = 256 << 10;
+constexpr int kVainRounds = 1000;  // of threads that poll, while nothing else happens
+
+std::string hex(uint64_t x) {
+  char text[20];
+  snprintf(text, sizeof text, "0x%llx", static_cast<unsigned long long>(x));
+  return text;
+}
+
+char* shared_of(int cta) {
+  static std::vector<char*> windows;
+  while (static_cast<int>(windows.size()) <= cta) {
+    void* p = mmap(nullptr, kWindowBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED) throw std::runtime_error("no memory for shared memory");
+    windows.push_back(static_cast<char*>(p));
+  }
+  return windows[cta];
+}
+
+void enter_thread() {
+  machine.kernel();
+  Thread& t = self();
+  set_state(t, State::kDone);
+  leave_barriers(*t.cta);
+  emulator_switch(&t.stack, machine.stack);
+}
+
+std::unique_ptr<Cta> make_cta(int index, unsigned threads, size_t shared_bytes) {
+  auto cta = std::make_unique<Cta>();
+  cta->index = index;
+  cta->shared = shared_of(index);
+  cta->shared_bytes = static_cast<uint32_t>(shared_bytes);
+  std::memset(cta->shared, 0xFF, shared_bytes);  // NaN in every format
+  cta->written.resize(shared_bytes / 16 + 1);
+  cta->threads.resize(threads);
+  cta->warps.resize((threads + 31) / 32);
+  cta->warpgroups.resize((threads + 127) / 128);
+  for (size_t w = 0; w < cta->warps.size(); ++w) {
+    cta->warps[w].cta = cta.get();
+    cta->warps[w].index = static_cast<int>(w);
+  }
+  for (unsigned i = 0; i < threads; ++i) {
+    Thread& t = cta->threads[i];
+    t.cta = cta.get();
+    t.warp = &cta->warps[i / 32];
+    t.index = static_cast<int>(i);
+    t.stack = new_stack(index * static_cast<int>(threads) + static_cast<int>(i), enter_thread);
+    t.warp->ready |= 1u << i % 32;
+  }
+  return cta;
+}
+
+}  // namespace
+
+bool launch(unsigned grid, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel) {
+  if (threads % 32 != 0 || shared_bytes > 232448) {
+    machine.error = "a launch: want whole warps and at most 232448 bytes of shared memory";
+    return false;
+  }
+  machine.kernel = kernel;
+  machine.error.clear();
+  machine.random.seed(machine.settings.seed * 1000003 + machine.launches++);
+  machine.patience = machine.random() % 8;
+  try {
+    machine.run(grid, threads, shared_bytes);
+  } catch (const std::runtime_error& error) {  // of a copy or a product
+    machine.error = error.what();
+  }
+  return machine.error.empty();
+}
+
+const char* last_error() { return machine.error.c_str(); }
+int multiprocessors() { return machine.settings.multiprocessors; }
+
+void Machine::run(unsigned grid, unsigned threads, size_t shared_bytes) {
+  ctas.clear();
+  last_warp = nullptr;
+  for (unsigned i = 0; i < grid; ++i) ctas.push_back(make_cta(static_cast<int>(i), threads, shared_bytes));
+  blockDim = dim3(threads);
+  gridDim = dim3(grid);
+  while (error.empty() && step()) {
+  }
+  for (auto& cta : ctas) {
+    if (!error.empty()) break;
+    if (!cta->copies.empty()) error = "CTA " + std::to_string(cta->index) + " has ended with copies in flight";
+    for (Thread& t : cta->threads)
+      if (!t.copies.empty()) error = "thread " + std::to_string(t.index) + " has ended with cp.async in flight";
+    for (Warpgroup& w : cta->warpgroups)
+      if (!w.products.empty()) error = "CTA " + std::to_string(cta->index) + " has ended with products in flight";
+  }
+}
+
+// One choice. False: all is over, or nothing can go on.
+bool Machine::step() {
+  Warp* warp = choose_warp();
+  const bool early = settings.asynchrony == Asynchrony::kEarly;
+  const bool now = early || (settings.asynchrony == Asynchrony::kRandom && chance(2));
+  if ((now || warp == nullptr) && run_copy_or_product()) return true;
+  if (warp != nullptr) {
+    run_warp(*warp);
+    return true;
+  }
+  static uint64_t before = 0;
+  static int vain = 0;
+  vain = before == clock ? vain + 1 : 0;
+  before = clock;
+  bool any = false, over = true;
+  for (auto& cta : ctas) {
+    for (Thread& t : cta->threads) {
+      over &= t.state == State::kDone;
+      if (t.state == State::kPolling && vain < kVainRounds) {
+        set_state(t, State::kReady);
+        any = true;
+      }
+    }
+  }
+  if (!over && !any) error = report();
+  return any;
+}
+
+bool Machine::run_copy_or_product() {
+  size_t choices = 0;
+  for (auto& cta : ctas) {
+    choices += cta->copies.size();
+    for (Warpgroup& w : cta->warpgroups) choices += can_run(w);
+  }
+  if (choices == 0) return false;
+  size_t chosen = random() % choices;
+  ++clock;
+  for (auto& cta : ctas) {
+    if (chosen < cta->copies.size()) {
+      const Copy copy = cta->copies[chosen];
+      cta->copies.erase(cta->copies.begin() + static_cast<int64_t>(chosen));
+      land(*cta, copy);
+      return true;
+    }
+    chosen -= cta->copies.size();
+    for (Warpgroup& w : cta->warpgroups) {
+      if (can_run(w) && chosen-- == 0) {
+        run_product(*cta, w);
+        return true;
+      }
+    }
+  }
+  return false;
+}
+
+Warp* Machine::choose_warp() {
+  if (last_warp != nullptr && last_warp->ready && settings.order == Order::kRandom && chance(patience))
+    return last_warp;
+  static std::vector<Warp*> ready;
+  ready.clear();
+  for (auto& cta : ctas) {
+    for (Warp& w : cta->warps)
+      if (w.ready) ready.push_back(&w);
+  }
+  if (ready.empty()) return nullptr;
+  if (settings.order == Order::kFirst) return ready.front();
+  if (settings.order == Order::kLast) return ready.back();
+  return last_warp = ready[random() % ready.size()];
+}
+
+void Machine::run_warp(Warp& warp) {
+  const uint32_t lanes = warp.ready;
+  const bool upwards = chance(4);
+  for (int i = 0; i < 32 && error.empty(); ++i) {
+    const uint32_t lane = upwards ? i : 31 - i;
+    if (lanes & warp.ready & 1u << lane) resume(warp.cta->threads[warp.index * 32 + lane]);
+  }
+}
+
+void Machine::resume(Thread& t) {
+  current = &t;
+  threadIdx = {static_cast<unsigned>(t.index), 0, 0};
+  blockIdx = {static_cast<unsigned>(t.cta->index), 0, 0};
+  emulator_switch(&stack, t.stack);
+  current = nullptr;
+}
+
+std::string Machine::report() const {
+  std::string text = "no thread can go on:";
+  for (auto& cta : ctas) {
+    for (size_t i = 0; i < cta->threads.size(); ++i) {
+      const Thread& t = cta->threads[i];
+      if (t.state == State::kDone) continue;
+      size_t last = i;  // neighbours that wait for the same
+      auto same = [&](const Thread& o) {
+        return o.state == t.state && o.where == t.where && std::strcmp(o.waits_for, t.waits_for) == 0;
+      };
+      while (last + 1 < cta->threads.size() && same(cta->threads[last + 1])) ++last;
+      text += "\n  CTA " + std::to_string(cta->index) + " threads " + std::to_string(i) + " .. " +
+              std::to_string(last) + ": " + t.waits_for + " " + hex(t.where);
+      if (const auto bar = cta->mbarriers.find(t.where & ~7u); bar != cta->mbarriers.end()) {
+        text += ", parity " + std::to_string(t.where & 1) + " (phase " + std::to_string(bar->second.phase) + ", " +
+                std::to_string(bar->second.missing) + " of " + std::to_string(bar->second.count) +
+                " arrivals and " + std::to_string(bar->second.bytes) + " bytes missing)";
+      }
+      i = last;
+    }
+  }
+  return text;
+}
+
+void set_state(Thread& t, State state) {
+  const uint32_t lane = 1u << t.index % 32;
+  t.state = state;
+  t.warp->ready = (t.warp->ready & ~lane) | (state == State::kReady ? lane : 0);
+  t.warp->done |= state == State::kDone ? lane : 0;
+}
+
+void wait_for(const char* what, uint32_t where) {
+  Thread& t = self();
+  t.waits_for = what;
+  t.where = where;
+  set_state(t, State::kWaiting);
+  emulator_switch(&t.stack, machine.stack);
+}
+
+void wake(std::vector<Thread*>& threads) {
+  for (Thread* t : threads) set_state(*t, State::kReady);
+  threads.clear();
+  ++machine.clock;
+}
+
+void fail(const std::string& what) {
+  Thread* t = machine.current;
+  machine.error = what;
+  if (t == nullptr) throw std::runtime_error(what);  // in a copy or product; the loop's caller gets it
+  machine.error = "CTA " + std::to_string(t->cta->index) + " thread " + std::to_string(t->index) + ": " + what;
+  emulator_switch(&t->stack, machine.stack);
+  __builtin_unreachable();
+}
+
+void step_aside() {
+  ++machine.clock;
+  if (machine.chance(2)) emulator_switch(&self().stack, machine.stack);
+}
+
+void poll() {
+  Thread& t = self();
+  t.waits_for = "polls";
+  t.where = 0;
+  set_state(t, State::kPolling);
+  emulator_switch(&t.stack, machine.stack);
+}
+
+}  // namespace emulator
