@@ -7,15 +7,17 @@ import torch
 E4M3, NAN_BYTE = torch.float8_e4m3fn, 0x7F
 
 
-def e4m3_pools(owned: torch.Tensor, kv_heads: int, head_dim: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+def e4m3_pools(
+    owned: torch.Tensor, kv_heads: int, head_dim: int, seed: int = 1, device: str = "cuda"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """[slots, G, D] K and V of normal and subnormal e4m3 values; NaN in the slots that are not ``owned``."""
-    generator = torch.Generator("cuda").manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     shape = (owned.numel(), kv_heads, head_dim)
     pools = []
     for _ in range(2):
-        x = torch.randn(shape, device="cuda", generator=generator).to(E4M3).view(torch.uint8)
+        x = torch.randn(shape, device=device, generator=generator).to(E4M3).view(torch.uint8)
         x[::7, :, ::3] &= 0x87  # subnormal
-        x[~owned.cuda()] = NAN_BYTE
+        x[~owned.to(device)] = NAN_BYTE
         pools.append(x.view(E4M3))
     return pools[0], pools[1]
 

@@ -113,11 +113,12 @@ bool Machine::step() {
   Warp* warp = choose_warp();
   const bool early = settings.asynchrony == Asynchrony::kEarly;
   const bool now = early || (settings.asynchrony == Asynchrony::kRandom && chance(2));
-  if ((now || warp == nullptr) && run_copy_or_product()) return true;
+  if ((now || warp == nullptr) && run_copy_or_product(false)) return true;
   if (warp != nullptr) {
     run_warp(*warp);
     return true;
   }
+  if (run_copy_or_product(true)) return true;
   static uint64_t before = 0;
   static int vain = 0;
   vain = before == clock ? vain + 1 : 0;
@@ -136,46 +137,50 @@ bool Machine::step() {
   return any;
 }
 
-bool Machine::run_copy_or_product() {
-  size_t choices = 0;
+bool Machine::run_copy_or_product(bool slow) {
+  struct Choice {
+    Cta* cta;
+    size_t copy;
+    Warpgroup* warpgroup;
+  };
+  static std::vector<Choice> choices;
+  choices.clear();
   for (auto& cta : ctas) {
-    choices += cta->copies.size();
-    for (Warpgroup& w : cta->warpgroups) choices += can_run(w);
+    for (size_t i = 0; i < cta->copies.size(); ++i)
+      if (slow || !cta->copies[i].slow) choices.push_back({cta.get(), i, nullptr});
+    for (Warpgroup& w : cta->warpgroups)
+      if (can_run(w) && (slow || !w.slow)) choices.push_back({cta.get(), 0, &w});
   }
-  if (choices == 0) return false;
-  size_t chosen = random() % choices;
+  if (choices.empty()) return false;
+  const Choice chosen = choices[random() % choices.size()];
   ++clock;
-  for (auto& cta : ctas) {
-    if (chosen < cta->copies.size()) {
-      const Copy copy = cta->copies[chosen];
-      cta->copies.erase(cta->copies.begin() + static_cast<int64_t>(chosen));
-      land(*cta, copy);
-      return true;
-    }
-    chosen -= cta->copies.size();
-    for (Warpgroup& w : cta->warpgroups) {
-      if (can_run(w) && chosen-- == 0) {
-        run_product(*cta, w);
-        return true;
-      }
-    }
+  if (chosen.warpgroup != nullptr) {
+    run_product(*chosen.cta, *chosen.warpgroup);
+    chosen.warpgroup->slow = chance(1);
+  } else {
+    const Copy copy = chosen.cta->copies[chosen.copy];
+    chosen.cta->copies.erase(chosen.cta->copies.begin() + static_cast<int64_t>(chosen.copy));
+    land(*chosen.cta, copy);
   }
-  return false;
+  return true;
 }
 
 Warp* Machine::choose_warp() {
   if (last_warp != nullptr && last_warp->ready && settings.order == Order::kRandom && chance(patience))
     return last_warp;
-  static std::vector<Warp*> ready;
-  ready.clear();
+  static std::vector<Warp*> ready, slow;
+  ready.clear(), slow.clear();
   for (auto& cta : ctas) {
     for (Warp& w : cta->warps)
-      if (w.ready) ready.push_back(&w);
+      if (w.ready) (w.slow ? slow : ready).push_back(&w);
   }
+  if (ready.empty()) ready.swap(slow);
   if (ready.empty()) return nullptr;
   if (settings.order == Order::kFirst) return ready.front();
   if (settings.order == Order::kLast) return ready.back();
-  return last_warp = ready[random() % ready.size()];
+  last_warp = ready[random() % ready.size()];
+  last_warp->slow = chance(1);
+  return last_warp;
 }
 
 void Machine::run_warp(Warp& warp) {

@@ -1,7 +1,8 @@
 // A GPU on one thread of the CPU: every thread of a grid is a fiber, and all CTAs of the grid are resident.
 //
 // A fiber runs until it waits for something. Then the machine chooses, by a seed, which warp goes on, or which of the
-// asynchronous operations in flight happens. Whatever a kernel does not wait for may so happen before or after:
+// asynchronous operations in flight happens. Some of each are slow: they have to wait for all others. Whatever a kernel
+// does not wait for may so happen before or after:
 //   copies    overwrite their destination with NaN when they are issued, and land later (copies.cc)
 //   products  read shared memory and registers when they run, in order, at any time between their issue and the wait
 //             for them; until then their accumulators are NaN (products.cc)
@@ -69,6 +70,7 @@ struct Warp {
   int index = 0;
   uint32_t ready = 0, polling = 0, done = 0;  // lanes
   Exchange exchanges[2];                      // no lane is more than one ahead of another
+  bool slow = false;
 };
 
 struct Mbarrier {
@@ -83,13 +85,14 @@ struct NamedBarrier {
   std::vector<Thread*> waiting;
 };
 
-// A copy that has been issued. `until`: of cp.async, which of the thread's copies have to land before the arrival.
+// A copy that has been issued. `until`: of cp.async, how many of the thread's copies have to land before the arrival.
 struct Copy {
   uint32_t bar = 0, smem = 0;
   CUtensorMap map{};
   int coordinates[5] = {};
   Thread* thread = nullptr;
   uint64_t until = 0;
+  bool slow = false;
 };
 
 // Sums of one or more products in flight, which become the registers of 128 threads again once all of them have run.
@@ -113,6 +116,7 @@ struct Warpgroup {
   uint64_t finished = 0;                // products before the first of them
   std::list<Accumulator> accumulators;
   std::vector<Thread*> waiting;
+  bool slow = false;
 };
 
 struct Written {
@@ -150,7 +154,7 @@ struct Machine {
   bool chance(unsigned of_8) { return random() % 8 < of_8; }
   void run(unsigned grid, unsigned threads, size_t shared_bytes);
   bool step();
-  bool run_copy_or_product();
+  bool run_copy_or_product(bool slow);
   Warp* choose_warp();
   void run_warp(Warp& warp);
   void resume(Thread& t);
