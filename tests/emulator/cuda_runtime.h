@@ -132,7 +132,8 @@ T __shfl_xor_sync(unsigned mask, T x, int bits) {
 }
 template <class T>
 T __shfl_up_sync(unsigned mask, T x, int distance) {
-  return shuffle("__shfl_up_sync", mask, x, lane_of_thread() < distance ? lane_of_thread() : lane_of_thread() - distance);
+  return shuffle("__shfl_up_sync", mask, x,
+                 lane_of_thread() < distance ? lane_of_thread() : lane_of_thread() - distance);
 }
 inline unsigned __ballot_sync(unsigned mask, int x) {
   const emulator::Lanes& lanes = emulator::exchange("vote", mask, x != 0);
@@ -177,8 +178,7 @@ cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, size_t) {
 template <class... Params>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* c, void (*kernel)(Params...),
                                const std::type_identity_t<Params>&... params) {
-  const bool finished =
-      emulator::launch(c->gridDim.x, c->blockDim.x, c->dynamicSmemBytes, [&] { kernel(params...); });
+  const bool finished = emulator::launch(c->gridDim.x, c->blockDim.x, c->dynamicSmemBytes, [&] { kernel(params...); });
   return finished ? cudaSuccess : cudaErrorLaunchFailure;
 }
 cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** entry, unsigned version, unsigned long long flags,

@@ -4,7 +4,7 @@
 
 namespace flashcore::extend {
 namespace {
-char (*shared_window())[] { return reinterpret_cast<char (*)[]>(emulator::shared_memory()); }
+char (*shared_window()) [] { return reinterpret_cast<char (*)[]>(emulator::shared_memory()); }
 }  // namespace
 }  // namespace flashcore::extend
 

@@ -1,6 +1,7 @@
 // Exchanges in a warp, named barriers, mbarriers.
 #include <cstring>
 
+#include "machine/fiber.h"
 #include "machine/machine.h"
 
 namespace emulator {
@@ -73,6 +74,7 @@ const Lanes& exchange(const char* what, unsigned mask, uint64_t value) {
   x.lanes.values[lane] = value;
   if ((x.arrived | t.warp->done) == ~0u) {
     finish_exchange(*t.warp, x);
+    if (!machine.settings.apart) emulator_switch(&t.stack, machine.stack);  // and goes on with the others
   } else {
     wait_for(what, 0);
   }

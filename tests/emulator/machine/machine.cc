@@ -215,8 +215,8 @@ std::string Machine::report() const {
               std::to_string(last) + ": " + t.waits_for + " " + hex(t.where);
       if (const auto bar = cta->mbarriers.find(t.where & ~7u); bar != cta->mbarriers.end()) {
         text += ", parity " + std::to_string(t.where & 1) + " (phase " + std::to_string(bar->second.phase) + ", " +
-                std::to_string(bar->second.missing) + " of " + std::to_string(bar->second.count) +
-                " arrivals and " + std::to_string(bar->second.bytes) + " bytes missing)";
+                std::to_string(bar->second.missing) + " of " + std::to_string(bar->second.count) + " arrivals and " +
+                std::to_string(bar->second.bytes) + " bytes missing)";
       }
       i = last;
     }

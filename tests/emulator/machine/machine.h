@@ -31,6 +31,7 @@ struct Settings {
   uint64_t seed = 0;
   Order order = Order::kRandom;
   Asynchrony asynchrony = Asynchrony::kRandom;
+  bool apart = false;  // the last lane to come to an exchange goes on before the others, as far as it can
   int multiprocessors = 2;
 };
 
@@ -51,9 +52,9 @@ struct Thread {
   const char* waits_for = "";
   uint32_t where = 0;  // its address or number
   uint64_t exchanges = 0;
-  uint64_t fenced = 0;            // when it has last fenced the generic proxy
-  std::deque<AsyncCopy> copies;   // by cp.async, not landed
-  uint64_t issued = 0;            // cp.async of it, and of its warpgroup's products
+  uint64_t fenced = 0;           // when it has last fenced the generic proxy
+  std::deque<AsyncCopy> copies;  // by cp.async, not landed
+  uint64_t issued = 0;           // cp.async of it, and of its warpgroup's products
   uint64_t landed = 0;
   uint64_t products = 0, groups = 0;
   bool wgmma_fenced = false;
@@ -147,7 +148,7 @@ struct Machine {
   Warp* last_warp = nullptr;
   void* stack = nullptr;  // of the loop that chooses
   std::string error;
-  uint64_t clock = 1;     // counts what has happened
+  uint64_t clock = 1;  // counts what has happened
   uint64_t launches = 0;
   unsigned patience = 0;  // of 8: how often a warp goes on again
 
