@@ -28,7 +28,7 @@ lint() {
   check ruff check .
   check ruff format --check --quiet .
   check mypy
-  mapfile -t sources < <(git ls-files --cached --others --exclude-standard 'csrc/*.h' 'csrc/*.cc' 'csrc/*.cu' 'csrc/*.cuh')
+  mapfile -t sources < <(git ls-files --cached --others --exclude-standard {csrc,tests/emulator}/'*.h' {csrc,tests/emulator}/'*.cc' 'csrc/*.cu' {csrc,tests/emulator}/'*.cuh')
   if ((${#sources[@]})); then
     progress "clang-format --dry-run on ${#sources[@]} files"
     clang-format --dry-run --Werror "${sources[@]}"
