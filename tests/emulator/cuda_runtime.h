@@ -16,7 +16,6 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
-#define __align__(n) alignas(n)
 
 struct uint3 {
   unsigned x, y, z;
@@ -27,6 +26,9 @@ struct dim3 {
 };
 struct alignas(8) int2 {
   int x, y;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
 };
 struct alignas(8) float2 {
   float x, y;
@@ -141,6 +143,25 @@ inline unsigned __ballot_sync(unsigned mask, int x) {
   for (int i = 0; i < 32; ++i) votes |= static_cast<unsigned>(lanes.values[i]) << i;
   return votes;
 }
+template <class T, class Merge>
+T reduce(unsigned mask, T x, Merge merge) {
+  const emulator::Lanes& lanes = emulator::exchange("reduction", mask, static_cast<uint64_t>(x));
+  T result = static_cast<T>(lanes.values[0]);
+  for (int i = 1; i < 32; ++i) result = merge(result, static_cast<T>(lanes.values[i]));
+  return result;
+}
+template <class T>
+T __reduce_add_sync(unsigned mask, T x) {
+  return reduce(mask, x, [](T a, T b) { return a + b; });
+}
+template <class T>
+T __reduce_min_sync(unsigned mask, T x) {
+  return reduce(mask, x, [](T a, T b) { return std::min(a, b); });
+}
+template <class T>
+T __reduce_max_sync(unsigned mask, T x) {
+  return reduce(mask, x, [](T a, T b) { return std::max(a, b); });
+}
 inline int __any_sync(unsigned mask, int x) { return __ballot_sync(mask, x) != 0; }
 inline int __all_sync(unsigned mask, int x) { return __ballot_sync(mask, !x) == 0; }
 
@@ -178,7 +199,8 @@ cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, size_t) {
 template <class... Params>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* c, void (*kernel)(Params...),
                                const std::type_identity_t<Params>&... params) {
-  const bool finished = emulator::launch(c->gridDim.x, c->blockDim.x, c->dynamicSmemBytes, [&] { kernel(params...); });
+  const emulator::Shape shape{c->gridDim.x, c->gridDim.y, c->blockDim.x, c->dynamicSmemBytes};
+  const bool finished = emulator::launch(shape, [&] { kernel(params...); });
   return finished ? cudaSuccess : cudaErrorLaunchFailure;
 }
 cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** entry, unsigned version, unsigned long long flags,

@@ -1,4 +1,4 @@
-"""The extend kernels of csrc/ compiled for the emulated machine, by g++.
+"""The attention kernels of csrc/ compiled for the emulated machine, by g++.
 
 Environment
 -----------
@@ -42,14 +42,12 @@ def missing() -> str | None:
 
 
 def _units() -> list[Path]:
-    attention = csrc() / "attention"
-    kernels = [p for p in attention.glob("extend_*.cu") if p.name != "extend_schedule.cu"]
-    return sorted([*HERE.glob("**/*.cc"), *kernels, attention / "launch.cu"])
+    return sorted([*HERE.rglob("*.cc"), *(csrc() / "attention").glob("*.cu")])
 
 
 def _flags(unit: Path) -> list[str]:
-    optimised = ["-O3"] if unit.name == "products.cc" else []
-    return [*FLAGS, *build._cpu_arch(), *KERNEL_FLAGS, *optimised]
+    own = ["-include", "window.h"] if unit.suffix == ".cu" else ["-O3"] if unit.name == "products.cc" else []
+    return [*FLAGS, *build._cpu_arch(), *KERNEL_FLAGS, *own]
 
 
 @functools.cache

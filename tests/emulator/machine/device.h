@@ -12,7 +12,11 @@ namespace emulator {
 
 // ---- launches ----
 // Runs a grid to its end. False: last_error() says what was wrong.
-bool launch(unsigned grid, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel);
+struct Shape {
+  unsigned x, y, threads;
+  size_t shared_bytes;
+};
+bool launch(const Shape& shape, const std::function<void()>& kernel);
 const char* last_error();
 int multiprocessors();
 

@@ -43,13 +43,15 @@ void enter_thread() {
   emulator_switch(&t.stack, machine.stack);
 }
 
-std::unique_ptr<Cta> make_cta(int index, unsigned threads, size_t shared_bytes) {
+// `place`: among those that are resident.
+std::unique_ptr<Cta> make_cta(int index, int place, const Shape& shape) {
+  const unsigned threads = shape.threads;
   auto cta = std::make_unique<Cta>();
   cta->index = index;
-  cta->shared = shared_of(index);
-  cta->shared_bytes = static_cast<uint32_t>(shared_bytes);
-  std::memset(cta->shared, 0xFF, shared_bytes);  // NaN in every format
-  cta->written.resize(shared_bytes / 16 + 1);
+  cta->shared = shared_of(place);
+  cta->shared_bytes = static_cast<uint32_t>(shape.shared_bytes);
+  std::memset(cta->shared, 0xFF, shape.shared_bytes);  // NaN in every format
+  cta->written.resize(shape.shared_bytes / 16 + 1);
   cta->threads.resize(threads);
   cta->warps.resize((threads + 31) / 32);
   cta->warpgroups.resize((threads + 127) / 128);
@@ -62,7 +64,7 @@ std::unique_ptr<Cta> make_cta(int index, unsigned threads, size_t shared_bytes) 
     t.cta = cta.get();
     t.warp = &cta->warps[i / 32];
     t.index = static_cast<int>(i);
-    t.stack = new_stack(index * static_cast<int>(threads) + static_cast<int>(i), enter_thread);
+    t.stack = new_stack(place * static_cast<int>(threads) + static_cast<int>(i), enter_thread);
     t.warp->ready |= 1u << i % 32;
   }
   return cta;
@@ -70,8 +72,8 @@ std::unique_ptr<Cta> make_cta(int index, unsigned threads, size_t shared_bytes) 
 
 }  // namespace
 
-bool launch(unsigned grid, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel) {
-  if (threads % 32 != 0 || shared_bytes > 232448) {
+bool launch(const Shape& shape, const std::function<void()>& kernel) {
+  if (shape.threads % 32 != 0 || shape.shared_bytes > 232448) {
     machine.error = "a launch: want whole warps and at most 232448 bytes of shared memory";
     return false;
   }
@@ -80,7 +82,7 @@ bool launch(unsigned grid, unsigned threads, size_t shared_bytes, const std::fun
   machine.random.seed(machine.settings.seed * 1000003 + machine.launches++);
   machine.patience = machine.random() % 8;
   try {
-    machine.run(grid, threads, shared_bytes);
+    machine.run(shape);
   } catch (const std::runtime_error& error) {  // of a copy or a product
     machine.error = error.what();
   }
@@ -90,31 +92,36 @@ bool launch(unsigned grid, unsigned threads, size_t shared_bytes, const std::fun
 const char* last_error() { return machine.error.c_str(); }
 int multiprocessors() { return machine.settings.multiprocessors; }
 
-void Machine::run(unsigned grid, unsigned threads, size_t shared_bytes) {
-  ctas.clear();
-  last_warp = nullptr;
-  for (unsigned i = 0; i < grid; ++i) ctas.push_back(make_cta(static_cast<int>(i), threads, shared_bytes));
-  blockDim = dim3(threads);
-  gridDim = dim3(grid);
-  while (error.empty() && step()) {
+void Machine::run(const Shape& shape) {
+  blockDim = dim3(shape.threads);
+  gridDim = dim3(shape.x, shape.y);
+  const unsigned grid = shape.x * shape.y;
+  for (unsigned first = 0; first < grid && error.empty(); first += kResident) {
+    ctas.clear();
+    last_warp = nullptr;
+    for (unsigned i = first; i < std::min(grid, first + kResident); ++i)
+      ctas.push_back(make_cta(static_cast<int>(i), static_cast<int>(i - first), shape));
+    while (error.empty() && step()) {
+    }
+    for (auto& cta : ctas) check_ended(*cta);
   }
-  for (auto& cta : ctas) {
-    if (!error.empty()) break;
-    if (!cta->copies.empty()) error = "CTA " + std::to_string(cta->index) + " has ended with copies in flight";
-    for (Thread& t : cta->threads)
-      if (!t.copies.empty()) error = "thread " + std::to_string(t.index) + " has ended with cp.async in flight";
-    for (Warpgroup& w : cta->warpgroups)
-      if (!w.products.empty()) error = "CTA " + std::to_string(cta->index) + " has ended with products in flight";
-  }
+}
+
+void Machine::check_ended(const Cta& cta) {
+  if (!error.empty()) return;
+  bool in_flight = !cta.copies.empty();
+  for (const Thread& t : cta.threads) in_flight |= !t.copies.empty();
+  for (const Warpgroup& w : cta.warpgroups) in_flight |= !w.products.empty();
+  if (in_flight) error = "CTA " + std::to_string(cta.index) + " has ended with copies or products in flight";
 }
 
 // One choice. False: all is over, or nothing can go on.
 bool Machine::step() {
-  Warp* warp = choose_warp();
-  const bool early = settings.asynchrony == Asynchrony::kEarly;
-  const bool now = early || (settings.asynchrony == Asynchrony::kRandom && chance(2));
+  const bool late = settings.asynchrony == Asynchrony::kLate;
+  const bool now = settings.asynchrony == Asynchrony::kEarly || (!late && chance(2));
+  Warp* warp = choose_warp(late);
   if ((now || warp == nullptr) && run_copy_or_product(false)) return true;
-  if (warp != nullptr) {
+  if (warp != nullptr || (warp = choose_warp(true)) != nullptr) {
     run_warp(*warp);
     return true;
   }
@@ -165,16 +172,17 @@ bool Machine::run_copy_or_product(bool slow) {
   return true;
 }
 
-Warp* Machine::choose_warp() {
+// A slow one only if there is no other and `slow` allows it.
+Warp* Machine::choose_warp(bool slow) {
   if (last_warp != nullptr && last_warp->ready && settings.order == Order::kRandom && chance(patience))
     return last_warp;
-  static std::vector<Warp*> ready, slow;
-  ready.clear(), slow.clear();
+  static std::vector<Warp*> ready, others;
+  ready.clear(), others.clear();
   for (auto& cta : ctas) {
     for (Warp& w : cta->warps)
-      if (w.ready) (w.slow ? slow : ready).push_back(&w);
+      if (w.ready) (w.slow ? others : ready).push_back(&w);
   }
-  if (ready.empty()) ready.swap(slow);
+  if (ready.empty() && slow) ready.swap(others);
   if (ready.empty()) return nullptr;
   if (settings.order == Order::kFirst) return ready.front();
   if (settings.order == Order::kLast) return ready.back();
@@ -195,7 +203,8 @@ void Machine::run_warp(Warp& warp) {
 void Machine::resume(Thread& t) {
   current = &t;
   threadIdx = {static_cast<unsigned>(t.index), 0, 0};
-  blockIdx = {static_cast<unsigned>(t.cta->index), 0, 0};
+  const auto block = static_cast<unsigned>(t.cta->index);
+  blockIdx = {block % gridDim.x, block / gridDim.x, 0};
   emulator_switch(&stack, t.stack);
   current = nullptr;
 }

@@ -1,4 +1,4 @@
-// A GPU on one thread of the CPU: every thread of a grid is a fiber, and all CTAs of the grid are resident.
+// A GPU on one thread of the CPU: every thread of a grid is a fiber, and kResident CTAs run at a time.
 //
 // A fiber runs until it waits for something. Then the machine chooses, by a seed, which warp goes on, or which of the
 // asynchronous operations in flight happens. Some of each are slow: they have to wait for all others. Whatever a kernel
@@ -126,7 +126,7 @@ struct Written {
 };
 
 struct Cta {
-  int index = 0;
+  int index = 0;  // in the grid, row by row
   char* shared = nullptr;
   uint32_t shared_bytes = 0;
   std::vector<Thread> threads;
@@ -153,16 +153,18 @@ struct Machine {
   unsigned patience = 0;  // of 8: how often a warp goes on again
 
   bool chance(unsigned of_8) { return random() % 8 < of_8; }
-  void run(unsigned grid, unsigned threads, size_t shared_bytes);
+  void run(const Shape& shape);
+  void check_ended(const Cta& cta);
   bool step();
   bool run_copy_or_product(bool slow);
-  Warp* choose_warp();
+  Warp* choose_warp(bool slow);
   void run_warp(Warp& warp);
   void resume(Thread& t);
   std::string report() const;
 };
 extern Machine machine;
 
+constexpr unsigned kResident = 16;
 constexpr uint32_t kWindow = 1024;  // address of the first byte of shared memory
 
 // ---- for the thread that runs ----
