@@ -1,4 +1,4 @@
-"""The extend kernels' own source on an emulated machine (tests/emulator) against float64, without a GPU.
+"""The attention kernels' own source on an emulated machine (tests/emulator) against float64, without a GPU.
 
 python -m pytest tests/unit/test_emulated_kernels.py
 FLASHCORE_EMULATED_CSRC=../other/csrc python -m pytest tests/unit/test_emulated_kernels.py    # another tree's kernels
@@ -18,13 +18,13 @@ import torch
 from emulator import library
 from emulator.pager import HostPager
 from gpu import extend_cases
-from gpu.extend_cases import Extend, assert_accurate, batch, exact, pools, tree_mask
+from gpu.extend_cases import Batch, Extend, assert_accurate, batch, exact, pools, tree_mask
 from gpu.fp8_cases import E4M3, assert_close_to, e4m3_pools
 
-from flashcore_sglang import build, gpu_extend
-from flashcore_sglang.config import GatherModel
+from flashcore_sglang import build, gpu_decode, gpu_extend, reference
+from flashcore_sglang.config import SHARE_ALWAYS, GatherModel
+from flashcore_sglang.gpu_decode import GpuDecode
 from flashcore_sglang.gpu_extend import Visible
-from flashcore_sglang.reference import scaled
 
 if reason := library.missing():
     pytest.skip(reason, allow_module_level=True)
@@ -32,11 +32,11 @@ if reason := library.missing():
 BF16, FP16 = torch.bfloat16, torch.float16
 # Which warp goes on (0 any, 1 low numbers first, 2 high ones), when copies and products happen (0 at any time, 1 as
 # early as they can, 2 as late as they can), and whether a warp's lanes go on apart: emulator.cc.
-SCHEDULES = [(0, 0, 0), (0, 0, 1), (0, 1, 1), (0, 2, 0), (1, 2, 1), (2, 0, 1), (2, 2, 0)]
+SCHEDULES = [(0, 0, 0), (0, 1, 1), (0, 2, 0), (1, 2, 1), (2, 0, 1), (2, 2, 0)]
 SEEDS = int(os.environ.get("FLASHCORE_EMULATED_SEEDS", "1"))
 GATHER_NEVER = GatherModel(mebibytes=0, max_page_size=1, rows_scattered=1, rows_boxed=1, rows_converted=1)
 GATHER_ALWAYS = GatherModel(mebibytes=4, max_page_size=64, rows_scattered=1, rows_boxed=1, rows_converted=1)
-PARTIALS = 64
+PARTIALS = 256
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ class Case:
 
 
 PREFIX = ((256, ((0, 8), (30, 50), (5, 1))), (0, ((200, 150), (0, 60))))
-FEW = ((0, ((0, 300), (2500, 3))),)
+FEW = ((0, ((2500, 3), (2300, 3))),)
+ONES = ((256, ((5, 1),) * 20), (0, ((700, 1), (33, 1))))
 CASES = {
     "one prompt": Case(((0, ((0, 200),)),), 1),
     "a long prompt": Case(((0, ((0, 700),)),), 2, 2),
@@ -71,7 +72,8 @@ CASES = {
     "interleaved tokens": Case(PREFIX, 7, order="interleaved", sinks=True),
     "pages of 64": Case(((640, ((0, 9),) * 4), (0, ((0, 77), (100, 200)))), page_size=64, order="permuted"),
     "gathered": Case(((320, ((0, 40),) * 5), (0, ((0, 300),))), order="permuted", gather=GATHER_ALWAYS),
-    "chunks": Case(FEW, 2, sinks=True, multiprocessors=3),
+    "chunks": Case(FEW, 2, sinks=True, spread=1.0, multiprocessors=3),
+    "chunks beside a prompt": Case(((0, ((0, 300), (2500, 70))),), 2, multiprocessors=3),
     "a window": Case(((0, ((500, 200), (0, 150))),), 2, 2, window_left=100),
     "all visible": Case(PREFIX, visible=Visible.ALL),
     "trees of drafts": Case(((256, ((0, 8),) * 6), (0, ((300, 16),))), order="interleaved", visible=Visible.MASKED),
@@ -87,6 +89,16 @@ CASES = {
     "e4m3, converted first": Case(PREFIX, e4m3=True, order="permuted", gather=GATHER_ALWAYS),
 }
 
+DECODE_CASES = {
+    "decode": Case(ONES),
+    "decode, interleaved": Case(ONES, 7, order="interleaved", sinks=True, spread=1.0),
+    "decode, permuted": Case(ONES, 8, 2, order="permuted", logit_cap=20.0),
+    "decode, pages of 16": Case(((256, ((5, 1),) * 20), (0, ((700, 1),))), page_size=16, order="permuted"),
+    "decode, d 64": Case(ONES, head_dim=64, dtype=FP16),
+    "decode, d 256": Case(ONES, head_dim=256, order="permuted"),
+    "decode, e4m3": Case(ONES, e4m3=True, order="interleaved"),
+}
+
 
 @pytest.fixture(scope="module", autouse=True)
 def emulated() -> Iterator[None]:
@@ -96,49 +108,100 @@ def emulated() -> Iterator[None]:
         patch.setattr(build, "library", lambda kind="cuda": library.library() if kind == "cuda" else real(kind))
         for module in (gpu_extend, extend_cases):
             patch.setattr(module, "PARTIAL_CAPACITY", PARTIALS)
+        patch.setattr(gpu_decode, "partial_capacity", lambda max_rows: PARTIALS)
         yield
     prepared.cache_clear()
+    prepared_decode.cache_clear()
+
+
+def aligned(size: int) -> torch.Tensor:
+    """[size] bytes, zero, aligned as CUDA's allocator aligns."""
+    memory = torch.zeros(size + 256, dtype=torch.uint8)
+    return memory[-memory.data_ptr() % 256 :][:size]
+
+
+def inputs(case: Case) -> tuple[Batch, list[torch.Tensor], dict[str, Any]]:
+    """The case's batch; its q, K and V; options."""
+    torch.manual_seed(0)
+    b = batch([(shared, list(requests)) for shared, requests in case.groups], case.page_size, case.order)
+    shape = (case.kv_heads, case.head_dim)
+    k, v = e4m3_pools(b.owned, *shape, device="cpu") if case.e4m3 else pools(b, *shape, case.dtype, "cpu")
+    q = torch.randn(b.num_tokens, case.heads, case.head_dim, dtype=case.dtype) * case.spread
+    options: dict[str, Any] = {"scale": case.head_dim**-0.5, "logit_cap": case.logit_cap}
+    options["sinks"] = torch.randn(case.heads) if case.sinks else None
+    if case.e4m3:
+        options |= {"k_scale": torch.tensor([0.7]), "v_scale": torch.tensor([1.9])}
+    return b, [q, k, v], options
 
 
 @functools.cache
 def prepared(name: str) -> tuple[Extend, list[torch.Tensor], dict[str, Any], torch.Tensor]:
     """The case's kernels, their q, K and V, options, and what float64 says."""
     case = CASES[name]
-    torch.manual_seed(0)
-    b = batch([(shared, list(requests)) for shared, requests in case.groups], case.page_size, case.order)
-    shape = (case.kv_heads, case.head_dim)
-    k, v = e4m3_pools(b.owned, *shape, device="cpu") if case.e4m3 else pools(b, *shape, case.dtype, "cpu")
-    q = torch.randn(b.num_tokens, case.heads, case.head_dim, dtype=case.dtype) * case.spread
+    b, tensors, options = inputs(case)
     e = Extend(
-        b, case.heads, *shape, visible=case.visible, window_left=case.window_left, gather=case.gather,
-        kv_dtype=E4M3 if case.e4m3 else case.dtype, device="cpu", pager_type=HostPager,
+        b, case.heads, case.kv_heads, case.head_dim, visible=case.visible, window_left=case.window_left,
+        gather=case.gather, kv_dtype=E4M3 if case.e4m3 else case.dtype, device="cpu", pager_type=HostPager,
     )  # fmt: skip
-    size = e.kernels._workspace.numel()
-    memory = torch.empty(size + 256, dtype=torch.uint8)  # aligned as CUDA's allocator aligns
-    e.kernels._workspace = memory[-memory.data_ptr() % 256 :][:size]
-    options: dict[str, Any] = {"scale": case.head_dim**-0.5, "logit_cap": case.logit_cap}
-    options["sinks"] = torch.randn(case.heads) if case.sinks else None
+    e.kernels._workspace = aligned(e.kernels._workspace.numel())
     options["custom_mask"] = tree_mask(b) if case.visible == Visible.MASKED else None
-    scales = {"k_scale": torch.tensor([0.7]), "v_scale": torch.tensor([1.9])} if case.e4m3 else {}
-    want = exact(e, q, scaled(k, scales.get("k_scale")), scaled(v, scales.get("v_scale")), **options)
-    return e, [q, k, v], options | scales, want
+    return e, tensors, options, exact(e, *tensors, **options)
+
+
+@functools.cache
+def prepared_decode(name: str) -> tuple[GpuDecode, list[torch.Tensor], dict[str, Any], torch.Tensor]:
+    case = DECODE_CASES[name]
+    b, tensors, options = inputs(case)
+    sizes = {"max_rows": b.rows, "max_tokens": b.table.shape[1], "num_pages": b.num_pages}
+    pager = HostPager(b.page_size, cost_model=SHARE_ALWAYS, **sizes)
+    pager.snapshot(b.table, b.indices, b.seq_lens)
+    d = GpuDecode(
+        page_size=b.page_size, heads=case.heads, kv_heads=case.kv_heads, head_dim=case.head_dim,
+        kv_dtype=E4M3 if case.e4m3 else case.dtype, pager=pager, device="cpu", **sizes,
+    )  # fmt: skip
+    d._workspace = aligned(d._workspace.numel())
+    want = reference.extend(
+        *tensors, b.table, b.indices, b.seq_lens, b.q_lens, page_size=b.page_size, **options
+    )  # fmt: skip
+    return d, tensors, options, want
+
+
+def configure(case: Case, order: int, asynchrony: int, apart: int, seed: int) -> None:
+    apart = int(apart and not case.together)
+    library.library().emulator_configure(seed, order, asynchrony, apart, case.multiprocessors)
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
 @pytest.mark.parametrize("order, asynchrony, apart", SCHEDULES)
 @pytest.mark.parametrize("name", CASES)
-def test_kernels_are_exact_however_their_warps_interleave(
+def test_extend_is_exact_however_its_warps_interleave(
     name: str, order: int, asynchrony: int, apart: int, seed: int
 ) -> None:
     case = CASES[name]
     e, tensors, options, want = prepared(name)
-    library.library().emulator_configure(
-        seed, order, asynchrony, int(apart and not case.together), case.multiprocessors
-    )
+    configure(case, order, asynchrony, apart, seed)
     e.plan()
     out = e(*tensors, **options)
     assert (e.gathered_slots > 0) == (case.gather is GATHER_ALWAYS)
     if case.e4m3:
         assert_close_to(want, out, case.dtype if e.gathered_slots else FP16)
+    else:
+        assert_accurate(out, want)
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+@pytest.mark.parametrize("order, asynchrony, apart", SCHEDULES)
+@pytest.mark.parametrize("name", DECODE_CASES)
+def test_decode_is_exact_however_its_warps_interleave(
+    name: str, order: int, asynchrony: int, apart: int, seed: int
+) -> None:
+    case = DECODE_CASES[name]
+    d, (q, k, v), options, want = prepared_decode(name)
+    configure(case, order, asynchrony, apart, seed)
+    d._workspace.zero_()
+    d.plan()
+    out = d.attend(q, k, v, torch.full_like(q, torch.nan), **options)
+    if case.e4m3:
+        assert_close_to(want, out)
     else:
         assert_accurate(out, want)
