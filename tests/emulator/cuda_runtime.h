@@ -89,6 +89,7 @@ T atomic_change(T* p, Change change) {
   emulator::step_aside();
   const T old = *p;
   *p = change(old);
+  emulator::let_others();
   return old;
 }
 template <class T>

@@ -14,11 +14,11 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** entry, unsigned
 
 namespace emulator {
 
-// `order`: 0 any warp goes on, 1 those of low numbers first, 2 those of high ones. `asynchrony`: 0 copies and products
-// happen at any time, 1 as early as they can, 2 as late as they can. `apart`: of a warp's lanes one goes on first.
-void configure(int64_t seed, int64_t order, int64_t asynchrony, int64_t apart, int64_t multiprocessors) {
+// `order`: 0 any warp goes on, 1 those of low numbers first, 2 those of high ones, 3 by priorities. `asynchrony`: 0
+// copies and products happen at any time, 1 as early as they can, 2 as late as they can.
+void configure(int64_t seed, int64_t order, int64_t asynchrony, int64_t multiprocessors) {
   machine.settings = {static_cast<uint64_t>(seed), static_cast<Order>(order), static_cast<Asynchrony>(asynchrony),
-                      apart != 0, static_cast<int>(multiprocessors)};
+                      static_cast<int>(multiprocessors)};
   machine.launches = 0;
 }
 

@@ -74,7 +74,7 @@ const Lanes& exchange(const char* what, unsigned mask, uint64_t value) {
   x.lanes.values[lane] = value;
   if ((x.arrived | t.warp->done) == ~0u) {
     finish_exchange(*t.warp, x);
-    if (!machine.settings.apart) emulator_switch(&t.stack, machine.stack);  // and goes on with the others
+    emulator_switch(&t.stack, machine.stack);  // goes on with the others, as a warp's lanes do on the device
   } else {
     wait_for(what, 0);
   }

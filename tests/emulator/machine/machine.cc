@@ -58,6 +58,7 @@ std::unique_ptr<Cta> make_cta(int index, int place, const Shape& shape) {
   for (size_t w = 0; w < cta->warps.size(); ++w) {
     cta->warps[w].cta = cta.get();
     cta->warps[w].index = static_cast<int>(w);
+    cta->warps[w].priority = machine.random();
   }
   for (unsigned i = 0; i < threads; ++i) {
     Thread& t = cta->threads[i];
@@ -121,6 +122,7 @@ bool Machine::step() {
   const bool now = settings.asynchrony == Asynchrony::kEarly || (!late && chance(2));
   Warp* warp = choose_warp(late);
   if ((now || warp == nullptr) && run_copy_or_product(false)) return true;
+  if (warp == nullptr && chance(7) && run_copy_or_product(true)) return true;  // of what is slow, copies mostly first
   if (warp != nullptr || (warp = choose_warp(true)) != nullptr) {
     run_warp(*warp);
     return true;
@@ -184,10 +186,15 @@ Warp* Machine::choose_warp(bool slow) {
   }
   if (ready.empty() && slow) ready.swap(others);
   if (ready.empty()) return nullptr;
-  if (settings.order == Order::kFirst) return ready.front();
-  if (settings.order == Order::kLast) return ready.back();
-  last_warp = ready[random() % ready.size()];
-  last_warp->slow = chance(1);
+  size_t chosen = settings.order == Order::kFirst ? 0 : ready.size() - 1;
+  if (settings.order == Order::kRandom) chosen = random() % ready.size();
+  if (settings.order == Order::kPriority) {
+    for (size_t i = 0; i < ready.size(); ++i)
+      if (ready[i]->priority > ready[chosen]->priority) chosen = i;
+    if (random() % 1024 == 0) ready[chosen]->priority = random();
+  }
+  last_warp = ready[chosen];
+  last_warp->slow = random() % 512 == 0;
   return last_warp;
 }
 
@@ -266,6 +273,13 @@ void fail(const std::string& what) {
 void step_aside() {
   ++machine.clock;
   if (machine.chance(2)) emulator_switch(&self().stack, machine.stack);
+}
+
+void let_others() {
+  if (machine.chance(4)) {
+    for (Warp& w : self().cta->warps) w.slow = true;
+  }
+  step_aside();
 }
 
 void poll() {

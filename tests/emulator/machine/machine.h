@@ -24,14 +24,14 @@ namespace emulator {
 struct Cta;
 struct Warp;
 
-enum class Order { kRandom, kFirst, kLast };  // which warp goes on: any, those of low numbers, those of high ones
+// Which warp goes on: any, those of low numbers, those of high ones, that of the highest priority, drawn for a launch.
+enum class Order { kRandom, kFirst, kLast, kPriority };
 enum class Asynchrony { kRandom, kEarly, kLate };
 
 struct Settings {
   uint64_t seed = 0;
   Order order = Order::kRandom;
   Asynchrony asynchrony = Asynchrony::kRandom;
-  bool apart = false;  // the last lane to come to an exchange goes on before the others, as far as it can
   int multiprocessors = 2;
 };
 
@@ -72,6 +72,7 @@ struct Warp {
   uint32_t ready = 0, polling = 0, done = 0;  // lanes
   Exchange exchanges[2];                      // no lane is more than one ahead of another
   bool slow = false;
+  uint64_t priority = 0;
 };
 
 struct Mbarrier {
