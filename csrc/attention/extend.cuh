@@ -12,15 +12,15 @@
 //   warp 0           planner: takes items, turns page ids into slots two tiles ahead of the loaders
 //   warps 1-3        loaders: q, K, V. 128 consecutive slots are one TMA box, 8 consecutive ones a small box, others
 //                    come by cp.async. What extend_gather.cu has copied is one box always
-//   warps 4-7, 8-11  two consumer warpgroups (232 registers), 64 q_rows each; q in registers (d 256: shared memory).
-//                    The softmax of a tile runs while the tensor cores do P V of the tile before and the other
-//                    warpgroup's products. d 64 has as much softmax for half the products: a third warpgroup there (160
-//                    registers), so that the schedulers have more to choose from
+//   warps 4-7, 8-11  two consumer warpgroups (232 registers), 64 q_rows each, which take turns at the tensor cores. The
+//                    softmax of a tile runs while these do P V of the tile before and the other warpgroup's products.
+//                    d 64 has as much softmax for half the products: a third warpgroup there (160 registers), and no
+//                    turns, so that the schedulers have more to choose from
 //   warps 12-15      over an e4m3 cache: converter (extend_converter.cuh); consumers with 224 registers, at d 64 two
-//                    warpgroups of them
+//                    warpgroups of them, q in registers (d 256: shared memory), no turns
 //
-// Shared memory, D 128: 6 buffers of 128 tokens x 256 B (K, V, K, V, ...) + q 32 KiB + 2.3 KiB = 226.3 KiB. The layout
-// of a tile is decode's (tiles.cuh).
+// Shared memory, D 128: 5 buffers of 128 tokens x 256 B (K, V, K, V, ...) + q of two items, 2 x 32 KiB + 2.3 KiB =
+// 226.3 KiB. The layout of a tile is decode's (tiles.cuh).
 #pragma once
 #include "attention/extend_consumer.cuh"
 #include "attention/extend_converter.cuh"
@@ -46,8 +46,10 @@ __global__ void __launch_bounds__(C::kThreads, 1)
         ptx::mbarrier_init(ptx::smem_address(&s.cached_barriers.empty[i]), 4 * ptx::kWarpArrivals);
       }
     }
-    ptx::mbarrier_init(ptx::smem_address(&s.q_full), kQArrivals);
-    ptx::mbarrier_init(ptx::smem_address(&s.q_empty), 4 * C::kWarpgroups * ptx::kWarpArrivals);
+    for (int i = 0; i < C::kQBuffers; ++i) {
+      ptx::mbarrier_init(ptx::smem_address(&s.q_full[i]), kQArrivals);
+      ptx::mbarrier_init(ptx::smem_address(&s.q_empty[i]), 4 * C::kWarpgroups * ptx::kWarpArrivals);
+    }
     for (int i = 0; i < kPlanned; ++i) {
       ptx::mbarrier_init(ptx::smem_address(&s.planned[i]), ptx::kWarpArrivals);
       ptx::mbarrier_init(ptx::smem_address(&s.loaded[i]), kLoaders * ptx::kWarpArrivals);

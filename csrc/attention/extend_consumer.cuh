@@ -254,8 +254,7 @@ __device__ __forceinline__ Rows load_rows(const Params& p, const Item& item) {
     const int row = first_row() + 8 * r, at = token_at(p, item.q_row + min(row, item.q_rows - 1));
     const Token* token = p.work.tokens + at;
     rows.ends[r] = row < item.q_rows ? __ldg(&token->end) : 0;
-    // d 256 has no registers left for it, and asks again at the end.
-    if constexpr (C::kQInRegisters) rows.indices[r] = row < item.q_rows ? __ldg(&token->index) : -1;
+    if constexpr (C::kKeepsIndices) rows.indices[r] = row < item.q_rows ? __ldg(&token->index) : -1;
   }
   return rows;
 }
@@ -273,7 +272,7 @@ __device__ __forceinline__ void finish_item(const Params& p, SharedStorage<C>& s
                                             Accumulators<C>& acc, Rows rows, const ItemScales<C>& scales) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    if constexpr (!C::kQInRegisters) {
+    if constexpr (!C::kKeepsIndices) {
       const Token* token = token_of(p, item, first_row() + 8 * r);
       rows.indices[r] = token != nullptr ? __ldg(&token->index) : -1;
     }
@@ -288,30 +287,60 @@ __device__ __forceinline__ void finish_item(const Params& p, SharedStorage<C>& s
   }
 }
 
-// q of an item, once it is there. In registers it leaves its buffer at once.
+// The warpgroup's q of an item: in registers, or where it lies in shared memory.
 template <class C>
-__device__ __forceinline__ void take_q(const Params& p, SharedStorage<C>& s,
-                                       uint32_t (&q)[C::kQInRegisters ? C::kHeadDim / 16 : 1][4], int item) {
-  ptx::mbarrier_wait(ptx::smem_address(&s.q_full), item & 1);
-  if constexpr (C::kQInRegisters) {
-    decode::load_q_fragments<C>(q, ptx::smem_address(s.q[warpgroup_id()]), ptx::thread_id() / 32 % 4,
-                                ptx::thread_id() % 32);
-    ptx::mbarrier_warp_arrive(ptx::smem_address(&s.q_empty), ptx::thread_id() % 32);
-    if (C::kConverts && p.cache.bf16) decode::convert_q<C>(q);
-  } else if (C::kConverts && p.cache.bf16) {
-    decode::convert_q<C>(ptx::smem_address(s.q[warpgroup_id()]), 1 + warpgroup_id());
-  } else {
-    ptx::fence_proxy_async();
-  }
-}
+struct Queries {
+  uint32_t fragments[C::kQInRegisters ? C::kHeadDim / 16 : 1][4];
+  uint32_t smem = 0, empty = 0;  // the buffer, if it is to be read from there, and its barrier
 
-// The last scores of an item are there: q in shared memory may go.
-template <class C>
-__device__ __forceinline__ void leave_q(SharedStorage<C>& s, uint32_t flags) {
-  if constexpr (!C::kQInRegisters) {
-    if (flags & kLast) ptx::mbarrier_warp_arrive(ptx::smem_address(&s.q_empty), ptx::thread_id() % 32);
+  // Once it is there. In registers it leaves its buffer at once. `item` counts the CTA's.
+  __device__ __forceinline__ void take(const Params& p, SharedStorage<C>& s, int item) {
+    const int buffer = item % C::kQBuffers;
+    const uint32_t at = ptx::smem_address(s.q[buffer][warpgroup_id()]);
+    ptx::mbarrier_wait(ptx::smem_address(&s.q_full[buffer]), item / C::kQBuffers & 1);
+    if constexpr (C::kQInRegisters) {
+      decode::load_q_fragments<C>(fragments, at, ptx::thread_id() / 32 % 4, ptx::thread_id() % 32);
+      ptx::mbarrier_warp_arrive(ptx::smem_address(&s.q_empty[buffer]), ptx::thread_id() % 32);
+      if (p.cache.bf16) decode::convert_q<C>(fragments);
+    } else {
+      if (C::kConverts && p.cache.bf16) {
+        decode::convert_q<C>(at, 1 + warpgroup_id());
+      } else {
+        ptx::fence_proxy_async();
+      }
+      smem = __shfl_sync(~0u, at, 0);  // tells the compiler that it is the same in all lanes
+      empty = ptx::smem_address(&s.q_empty[buffer]);
+    }
   }
-}
+
+  // The last scores of an item are there: q in shared memory may go.
+  __device__ __forceinline__ void leave(uint32_t flags) const {
+    if constexpr (!C::kQInRegisters) {
+      if (flags & kLast) ptx::mbarrier_warp_arrive(empty, ptx::thread_id() % 32);
+    }
+  }
+};
+
+// The warpgroups take turns in giving the tensor cores their products, so that one's softmax runs under the others'.
+// Warpgroup 0 begins. Barrier 4 + w stands for the turn of warpgroup w: it and the one before come there.
+template <class C>
+struct Turns {
+  static constexpr int kBarrier = 4, kTwo = 256;
+
+  static __device__ __forceinline__ void open() {
+    if (C::kTurns && warpgroup_id() == C::kWarpgroups - 1) ptx::barrier_arrive(kBarrier, kTwo);
+  }
+  static __device__ __forceinline__ void take() {
+    if constexpr (C::kTurns) ptx::barrier_sync(kBarrier + warpgroup_id(), kTwo);
+  }
+  static __device__ __forceinline__ void pass() {
+    if constexpr (C::kTurns) ptx::barrier_arrive(kBarrier + (warpgroup_id() + 1) % C::kWarpgroups, kTwo);
+  }
+  // All have taken as many; the last one passed is warpgroup 0's.
+  static __device__ __forceinline__ void close() {
+    if (C::kTurns && warpgroup_id() == 0) ptx::barrier_sync(kBarrier, kTwo);
+  }
+};
 
 template <class C>
 __device__ __forceinline__ void mask_and_cap(const Params& p, const Item& item, const Tile& tile, uint32_t flags,
@@ -363,9 +392,9 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage<C>& s) {
   uint32_t flags = s.tiles[tile].bits >> kFlagShift;
   if (flags & kEnd) return;
 
-  const uint32_t q_smem = ptx::smem_address(s.q[warpgroup_id()]);
-  uint32_t q[C::kQInRegisters ? C::kHeadDim / 16 : 1][4], probs[kTile / 16][4];
+  uint32_t probs[kTile / 16][4];
   float scores[kTile / 2];
+  Queries<C> q;
   Softmax<C> softmax;
   Accumulators<C> acc;
   Ahead<C> ahead;
@@ -375,17 +404,18 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage<C>& s) {
   reset<C>(acc);
 #pragma unroll
   for (int i = 0; i < kTile / 2; ++i) scores[i] = 0.f;
-  take_q<C>(p, s, q, item);
+  Turns<C>::open();
+  q.take(p, s, item);
   see_scattered<C>(flags);
   ptx::wgmma_touch(scores);
   ptx::wgmma_fence();
-  decode::issue_qk<C, kTile>(scores, q, q_smem, ptx::smem_address(s.buffers[ring.slot()]));
+  decode::issue_qk<C, kTile>(scores, q.fragments, q.smem, ptx::smem_address(s.buffers[ring.slot()]));
   ptx::wgmma_wait<0>();
   ptx::wgmma_touch(scores);
   release<C>(s, ring, signals);
-  leave_q<C>(s, flags);
+  q.leave(flags);
   mask_and_cap<C>(p, s.items[item], s.tiles[tile], flags, scores, rows, scales);
-  softmax(scales.of(p), scores, probs, acc, [&] { ahead.look(s, ring, tile); }, [&](bool) { ahead.read(s); });
+  softmax(scales.of(p), scores, probs, acc, [&] { ahead.look(s, ring, tile); }, [&] { ahead.read(s); });
 
 #pragma unroll 1
   while (true) {
@@ -394,22 +424,24 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage<C>& s) {
     const bool first = v_flags & kLast;
     if ((ahead.flags & (kEnd | kScattered)) | (v_flags & (kLast | kScattered))) {  // one question for most tiles
       if (ahead.flags & kEnd) break;
-      if (first) take_q<C>(p, s, q, item + 1);
+      if (first) q.take(p, s, item + 1);
       see_scattered<C>(ahead.flags | v_flags);
     }
     flags = ahead.flags;
     tile = ahead.tile;
     ring = ahead.k;
+    Turns<C>::take();
     ptx::wgmma_touch(scores);
     ptx::wgmma_touch(acc.o);
     ptx::wgmma_fence();
-    decode::issue_qk<C, kTile>(scores, q, q_smem, ahead.k_smem);
+    decode::issue_qk<C, kTile>(scores, q.fragments, q.smem, ahead.k_smem);
     decode::issue_pv<C, kTile>(acc.o, probs, ahead.v_smem);
+    Turns<C>::pass();
     ptx::wgmma_wait<1>();
     // scores are there; P V of the tile before runs on under the softmax
     ptx::wgmma_touch(scores);
     release<C>(s, ring, signals);
-    leave_q<C>(s, flags);
+    q.leave(flags);
     if (first) {
       Rows next;
       if constexpr (!C::kConverts) next = load_rows<C>(p, s.items[(item + 1) % kItems]);
@@ -427,19 +459,14 @@ __device__ __forceinline__ void consume(const Params& p, SharedStorage<C>& s) {
     const Ring<C::kBuffers> v_ring = ahead.v;
     softmax(
         scales.of(p), scores, probs, acc, [&] { ahead.look(s, ring, tile); },
-        [&](bool grew) {
-          if (!first) {
-            ptx::wgmma_wait<0>();
-            ptx::wgmma_touch(acc.o);
-            release<C>(s, v_ring, signals);
-            if (grew) {
-#pragma unroll
-              for (int i = 0; i < C::kHeadDim / 2; ++i) acc.o[i] *= softmax.alpha[(i >> 1) & 1];
-            }
-          }
+        [&] {
+          ptx::wgmma_wait<0>();
+          ptx::wgmma_touch(acc.o);
+          if (!first) release<C>(s, v_ring, signals);
           ahead.read(s);
         });
   }
+  Turns<C>::close();
   see_scattered<C>(flags);
   ptx::wgmma_touch(acc.o);
   ptx::wgmma_fence();

@@ -54,9 +54,10 @@ __device__ __forceinline__ void load_groups(const Params& p, const uint32_t* slo
 
 // This warp's third of an item's q. Rows that do not exist keep what was there: nothing of theirs is stored.
 template <class C>
-__device__ __forceinline__ void load_q(const Params& p, SharedStorage<C>& s, const Item& item, int loader, int lane) {
+__device__ __forceinline__ void load_q(const Params& p, SharedStorage<C>& s, int buffer, const Item& item, int loader,
+                                       int lane) {
   constexpr int kRowsPerStep = 32 / C::kChunks;
-  const uint32_t full = ptx::smem_address(&s.q_full), base = ptx::smem_address(s.q[0]);
+  const uint32_t full = ptx::smem_address(&s.q_full[buffer]), base = ptx::smem_address(s.q[buffer][0]);
   const int sub = lane / C::kChunks, chunk = lane % C::kChunks;
   const uint16_t* q = static_cast<const uint16_t*>(p.q) + item.kv_head * p.ratio * C::kHeadDim + chunk * 8;
   const int q_rows = item.q_rows, q_row = item.q_row;
@@ -91,7 +92,7 @@ __device__ __forceinline__ void load(const Params& p, const TensorMaps& maps, Sh
   }
   Ring<kPlanned> planned;
   Ring<kBuffers> ring;
-  uint32_t q_phase = 0;
+  Ring<C::kQBuffers> q_ring;
   while (true) {
     ptx::mbarrier_wait(ptx::smem_address(&s.planned[planned.slot()]), planned.phase());
     const Load tile = s.loads[planned.slot()];
@@ -121,9 +122,9 @@ __device__ __forceinline__ void load(const Params& p, const TensorMaps& maps, Sh
       }
       // After K, so that K is not kept waiting by an item that still needs its q.
       if (kv == 0 && (flags & kFirst)) {
-        ptx::mbarrier_wait(ptx::smem_address(&s.q_empty), q_phase ^ 1);
-        load_q<C>(p, s, item, loader, lane);
-        q_phase ^= 1;
+        ptx::mbarrier_wait(ptx::smem_address(&s.q_empty[q_ring.slot()]), q_ring.phase() ^ 1);
+        load_q<C>(p, s, q_ring.slot(), item, loader, lane);
+        q_ring.advance();
       }
       ring.advance();
     }

@@ -29,10 +29,16 @@ struct Traits {
                 kLaunchRegisters * kThreads);
   static constexpr int kTile = tile_tokens(kHeadDim);  // tokens of a buffer
   // K, V, K, V, ...; with a converter there are as many tiles in what comes before it, at half the bytes a token.
-  static constexpr int kBuffers = kConverts ? (kHeadDim == 64 ? 8 : 4) : kHeadDim == 256 ? 5 : kHeadDim == 128 ? 6 : 16;
+  static constexpr int kBuffers = kConverts ? (kHeadDim == 64 ? 8 : 4) : kHeadDim == 64 ? 14 : 5;
   static constexpr int kCachedBuffers = kConverts ? (kHeadDim == 256 ? 2 : kBuffers) : 0;
   static constexpr int kPvColumns = kConverts && kHeadDim == 256 ? 128 : kHeadDim;  // as in decode's traits
-  static constexpr bool kQInRegisters = kHeadDim <= 128;  // d 256 has no registers left for it
+  // With a converter q comes into registers, where there are enough of them, and is converted there. Else it stays in
+  // shared memory, if there is room twice: the next item's beside the present one's.
+  static constexpr bool kQInRegisters = kConverts && kHeadDim <= 128;
+  static constexpr int kQBuffers = kConverts || kHeadDim == 256 ? 1 : 2;
+  // Of a thread's rows, in out. Else there are no registers left for them, and they are asked for again at the end.
+  static constexpr bool kKeepsIndices = kHeadDim <= 128 && !(kConverts && kMasks);
+  static constexpr bool kTurns = kWarpgroups == 2 && !kConverts;  // of the warpgroups at the tensor cores
   static constexpr int kRowBytes = kHeadDim * 2;
   static constexpr int kGroupBytes = 8 * kRowBytes;  // 8 tokens (or q_rows)
   static constexpr int kBufferBytes = kTile * kRowBytes;
@@ -87,13 +93,14 @@ struct SharedStorage {
   static_assert(kAhead < kTiles && kAhead < kItems);
   alignas(1024) char buffers[C::kBuffers][C::kBufferBytes];
   [[no_unique_address]] std::conditional_t<C::kConverts, CachedTiles<C>, decode::None> cached;
-  alignas(1024) char q[C::kWarpgroups][C::kQBytes];
+  alignas(1024) char q[C::kQBuffers][C::kWarpgroups][C::kQBytes];
   uint32_t slots[kPlanned][C::kTile];  // of tokens in boxes; of others where they lie in the pool, in 16 bytes
   Item items[kItems];
   Load loads[kPlanned];
   Tile tiles[kTiles];
   int total, last_arriver[C::kWarpgroups];
-  alignas(8) uint64_t full[C::kBuffers], empty[C::kBuffers], q_full, q_empty, planned[kPlanned], loaded[kPlanned];
+  alignas(8) uint64_t full[C::kBuffers], empty[C::kBuffers], q_full[C::kQBuffers], q_empty[C::kQBuffers],
+      planned[kPlanned], loaded[kPlanned];
   [[no_unique_address]] std::conditional_t<C::kConverts, CachedBarriers<C>, decode::None> cached_barriers;
 };
 

@@ -185,9 +185,12 @@ __device__ __forceinline__ uint32_t load_shared_if(bool condition, uint32_t smem
 }
 
 // ---- warps and grids ----
-// Named barriers: `threads` of the CTA wait for one another.
+// Named barriers: `threads` of the CTA, some of which wait and some of which only say that they have come.
 __device__ __forceinline__ void barrier_sync(int barrier, int threads) {
   asm volatile("barrier.cta.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(int barrier, int threads) {
+  asm volatile("barrier.cta.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 // threadIdx.x read anew at every use: in the main loops a register that holds it is one too many.
 __device__ __forceinline__ int thread_id() {
