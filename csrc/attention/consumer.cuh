@@ -112,21 +112,21 @@ struct TileRing {
 // copy of that code, because a short launch is spent waiting for instructions.
 template <class C>
 __device__ __forceinline__ void attend(const DecodeParams& p, SharedStorage<C>& s, const WorkItem& item,
-                                       TileRing<C>& ring) {
+                                       TileRing<C>& ring, int warpgroup) {
   constexpr int kTile = C::kTile;
   // K is released behind the exponentials if their sums, which are never negative, allow: else the compiler moves them
   // behind the wait for P V, where nothing runs beside them. d 256 has no register for that, and a converter waits for
   // the buffer.
   constexpr bool kLateRelease = C::kQInRegisters && !C::kConverts;
-  const uint32_t q_smem = ptx::smem_address(s.q[warpgroup_id()]);
+  const uint32_t q_smem = ptx::smem_address(s.q[warpgroup]);
   uint32_t q[C::kQInRegisters ? C::kHeadDim / 16 : 1][4];
-  ptx::mbarrier_wait(ptx::smem_address(&s.q_full[warpgroup_id()]), q_phase_of(item, warpgroup_id()));
+  ptx::mbarrier_wait(ptx::smem_address(&s.q_full[warpgroup]), q_phase_of(item, warpgroup));
   if constexpr (C::kQInRegisters) {
     load_q_fragments<C>(q, q_smem, ptx::thread_id() / 32 % 4, ptx::thread_id() % 32);
-    ptx::mbarrier_warp_arrive(ptx::smem_address(&s.q_empty[warpgroup_id()]), ptx::thread_id() % 32);
+    ptx::mbarrier_warp_arrive(ptx::smem_address(&s.q_empty[warpgroup]), ptx::thread_id() % 32);
     if (C::kConverts && p.cache.bf16) convert_q<C>(q);
   } else if (C::kConverts && p.cache.bf16) {
-    convert_q<C>(q_smem, 1 + warpgroup_id());
+    convert_q<C>(q_smem, 1 + warpgroup);
   } else if (C::kConverts) {
     ptx::fence_proxy_async();  // q came by cp.async; of K and V that are not converted wait_full does it
   }
@@ -149,7 +149,7 @@ __device__ __forceinline__ void attend(const DecodeParams& p, SharedStorage<C>& 
   // for each tile, as there is no register to keep it in.
   auto rows_of_warp = [&]() -> int {
     const int rows = reinterpret_cast<const volatile WorkItem&>(item).q_rows;
-    return rows - (rows > kNarrowRows ? warpgroup_id() * kNarrowRows : 0) - ptx::thread_id() / 32 % 4 * 16;
+    return rows - (rows > kNarrowRows ? warpgroup * kNarrowRows : 0) - ptx::thread_id() / 32 % 4 * 16;
   };
 
   // V of the tile before this one.
@@ -202,22 +202,22 @@ __device__ __forceinline__ void attend(const DecodeParams& p, SharedStorage<C>& 
   ptx::wgmma_touch(acc.o);
   release(ptx::smem_address(&s.v_empty[value().slot()]), item);
   if constexpr (!C::kQInRegisters) {
-    ptx::mbarrier_warp_arrive(ptx::smem_address(&s.q_empty[warpgroup_id()]), ptx::thread_id() % 32);
+    ptx::mbarrier_warp_arrive(ptx::smem_address(&s.q_empty[warpgroup]), ptx::thread_id() % 32);
   }
   const int warp = ptx::thread_id() / 32 % 4, lane = ptx::thread_id() % 32;
-  store_rows<C>(p, scales, s, item, acc, warpgroup_id(), warp, lane);
+  store_rows<C>(p, scales, s, item, acc, warpgroup, warp, lane);
 }
 
 template <class C>
-__device__ __forceinline__ void consume(const DecodeParams& p, SharedStorage<C>& s) {
+__device__ __forceinline__ void consume(const DecodeParams& p, SharedStorage<C>& s, int warpgroup) {
   TileRing<C> ring;
   Ring<C::kRing> read;
   while (true) {
     const WorkItem& item = wait_item<C>(s, read);
     if (item.num_tokens <= 0) return;
-    if (owns(item, warpgroup_id())) {
+    if (owns(item, warpgroup)) {
       ptx::mbarrier_wait(ptx::smem_address(&s.item_started[read.slot()]), read.phase());
-      attend<C>(p, s, item, ring);
+      attend<C>(p, s, item, ring, warpgroup);
     } else {
       ring.advance(tiles_of<C>(item));
     }

@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     }
   } else if (warp < 12) {
     ptx::setmaxnreg_inc<C::kConsumerRegisters>();
-    consume<C>(p, s);
+    consume<C>(p, s, warp / 4 - 1);
   } else if constexpr (C::kConverts) {
     ptx::setmaxnreg_dec<C::kConverterRegisters>();
     convert_kv<C>(s);
