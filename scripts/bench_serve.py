@@ -12,13 +12,17 @@
 
 A row is groups x requests : shared + own prompt tokens : output tokens. The model is Llama-3.1-8B's shape with dummy
 weights. Prompts are token ids, sent to /generate, so that no tokenizer is timed. A row's prefixes and prompts are put
-into the radix cache first, save in the row marked "cold"; then all of its requests are sent at once. "steady" is the
-median of the server's own "gen throughput" while all of them decode; "whole" is output tokens over the time from the
-first request sent to the last answer read.
+into the radix cache first, save in the row marked "cold"; then all of its requests are sent at once. "steady" is
+output tokens over the time of the steps in which all of them decode, from the server's own "gen throughput", a line of
+which stands for equally many steps; "whole" is output tokens over the time from the first request sent to the last
+answer read.
 
 With ``--load`` the same requests then arrive at random (Poisson) at 70 % of FA3's throughput: time to first token and
-between tokens, percentiles over all rounds, which the servers of ``--together`` take in turn. Measure FA3 first: a
-server before it gets 70 % of its own throughput.
+between tokens, percentiles over all rounds, which the servers of ``--together`` take in turn. A round before them is
+not measured, as kernels are compiled for batches of sizes that a server has not seen; behind it ``/freeze_gc`` takes
+what lives by then out of Python's garbage collection, which else stops a server for up to half a second in some round.
+Measure FA3 first: a server before it gets 70 % of its own throughput. ``--load-only`` takes FA3's from an earlier run
+and measures nothing else.
 """
 
 from __future__ import annotations
@@ -85,7 +89,6 @@ SMALL = ["--cuda-graph-bs-decode", "1", "32", "64", "256", "512"]
 SMALL += ["--cuda-graph-backend-prefill", "disabled", "--mem-fraction-static", "0.8", "--max-running-requests", "512"]
 Results = dict[str, Any]
 SPLIT_TOKENS = 96
-WARM_ARRIVALS = 8
 LOAD_SHARE = 0.7
 """Of FA3's throughput, the rate at which requests arrive."""
 
@@ -124,7 +127,7 @@ def measure(server: Server, row: Row) -> dict[str, Any]:
     time.sleep(0.3)  # the log is written by another process
     rates = server.decode_rates(offset, row.batch)
     return {
-        "steady": statistics.median(rates) if rates else None,
+        "steady": statistics.harmonic_mean(rates) if rates else None,
         "steady_lines": rates,
         "seconds": seconds,
         "whole": row.batch * row.output / seconds,
@@ -146,7 +149,8 @@ def load(
     servers: dict[str, Server], row: Row, tokens_per_second: float, seconds: float, rounds: int
 ) -> dict[str, dict[str, Any]]:
     """Requests of the row, over and over, arriving so that they ask for ``tokens_per_second``: in rounds that the
-    servers take in turn, the same arrivals for each. Figures of each server, over all rounds and by round."""
+    servers take in turn, the same arrivals for each, after one that is not measured. Figures of each server, over all
+    rounds and by round."""
     per_second = tokens_per_second / row.output
     bodies = [encode(p, row.output, stream=True) for p in row.prompts()]
     count = max(8, int(per_second * seconds))
@@ -162,7 +166,10 @@ def load(
         return {"ttft": percentiles([a.ttft for a in answers]), "itl": percentiles(gaps)}
 
     for server in servers.values():
-        arrive(server, WARM_ARRIVALS, 0)  # batches of sizes that the server has not seen
+        if not row.cold:
+            warm(server, row)
+        arrive(server, count, rounds)  # not measured
+        server.post("/freeze_gc")
     answers: dict[str, list[list[Answer]]] = {name: [] for name in servers}
     for n in range(rounds):
         for name, server in servers.items():
@@ -238,7 +245,7 @@ def bench(args: argparse.Namespace, model: str, results: Results, save: Callable
             for name, server in servers.items():
                 print(f"{name}: ready in {server.ready_seconds:.0f} s", flush=True)
             for row in args.rows:
-                for name, server in servers.items():
+                for name, server in servers.items() if not args.load_only else ():
                     bench_row(server, name, row, args, model, results)
                     save()
                 if args.load and row in (args.load_rows or args.rows):
@@ -274,6 +281,7 @@ def main() -> None:
     parser.add_argument("--defaults", action="store_true", help="SGLang's own defaults: all graphs, all features")
     parser.add_argument("--load", type=float, default=0.0, metavar="SECONDS", help="also TTFT and ITL under load")
     parser.add_argument("--load-rounds", type=int, default=1, help="of --load, on each server")
+    parser.add_argument("--load-only", action="store_true", help="of rows that --out has figures of; implies --keep")
     parser.add_argument("--load-rows", nargs="+", type=parse_row, metavar="ROW", help="rows of --load; default: --rows")
     parser.add_argument("--split-rows", nargs="+", type=parse_row, default=[], metavar="ROW",
                         help="rows of --rows: also the shares of attention and the rest in a step")  # fmt: skip
@@ -289,7 +297,7 @@ def main() -> None:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     path = Path(args.report) if args.report else out / f"serve{'_defaults' if args.defaults else ''}.json"
-    earlier = args.report or (args.keep and path.exists())
+    earlier = args.report or ((args.keep or args.load_only) and path.exists())
     results = json.loads(path.read_text()) if earlier else {"machine": machine(), "backends": {}}
     results["targets"] = {row.name: asdict(row) for row in ROWS}
 

@@ -124,10 +124,14 @@ def test_servers_take_the_same_arrivals_in_turn(monkeypatch):
         return [serving.Answer(arrivals=[first, first + 0.01 * (seed + 1)]) for _ in bodies]
 
     monkeypatch.setattr(bench_serve, "_arrive", arrive)
+    monkeypatch.setattr(serving.Server, "post", lambda server, path: calls.append((server.url, 0, 10.0, path)))
+    monkeypatch.setattr(bench_serve, "warm", lambda server, row: calls.append((server.url, 0, 10.0, None)))
     servers = {url: serving.Server(url, None, None) for url in ("a", "b")}
     row = serve_report.parse_row("1x2:8+4:128")
     figures = bench_serve.load(servers, row, tokens_per_second=1280.0, seconds=2.0, rounds=2)
-    assert [(url, seed) for url, count, _, seed in calls if count == 20] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    before = [(url, step) for url in ("a", "b") for step in (None, 2, "/freeze_gc")]
+    assert [(url, step) for url, _, _, step in calls] == [*before, ("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert {count for _, count, _, step in calls if isinstance(step, int)} == {20}
     assert {per_second for _, _, per_second, _ in calls} == {10.0}
     assert figures["b"]["requests"] == 40
     assert figures["b"]["ttft"]["p50_ms"] == pytest.approx(200)
