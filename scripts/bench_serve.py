@@ -297,7 +297,9 @@ def main() -> None:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     path = Path(args.report) if args.report else out / f"serve{'_defaults' if args.defaults else ''}.json"
-    earlier = args.report or ((args.keep or args.load_only) and path.exists())
+    if args.load_only and not (args.load and path.exists()):
+        parser.error(f"--load-only: want --load SECONDS and an earlier run in {path}")
+    earlier = args.report or args.load_only or (args.keep and path.exists())
     results = json.loads(path.read_text()) if earlier else {"machine": machine(), "backends": {}}
     results["targets"] = {row.name: asdict(row) for row in ROWS}
 
