@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -59,9 +62,13 @@ def test_no_matrix_product_waits_for_the_one_before(report: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def attention_kernels(library: Path) -> dict[str, str]:
-    """Machine code of the decode and extend kernels, by their mangled names."""
-    sass = subprocess.run([cuobjdump(), "--dump-sass", str(library)], capture_output=True, text=True, check=True).stdout
+def attention_kernels(library: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Machine code of the decode and extend kernels, by their mangled names. Its units are read side by side."""
+    folder = tmp_path_factory.mktemp("units")
+    run = functools.partial(subprocess.run, cwd=folder, capture_output=True, text=True, check=True)
+    run([cuobjdump(), "--extract-elf", "all", str(library)])
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        sass = "".join(pool.map(lambda unit: run([cuobjdump(), "--dump-sass", unit.name]).stdout, folder.iterdir()))
     kernels = dict(re.findall(r"Function : (\S+)\n(.*?)(?=Function : |\Z)", sass, re.S))
     return {name: code for name, code in kernels.items() if re.search("decode_kernel|extend_kernel", name)}
 
