@@ -167,7 +167,7 @@ def load(
 
     for server in servers.values():
         if not row.cold:
-            warm(server, row)
+            warm(server, row)  # the row's own run has left its answers in the cache, too
         arrive(server, count, rounds)  # not measured
         server.post("/freeze_gc")
     answers: dict[str, list[list[Answer]]] = {name: [] for name in servers}

@@ -63,7 +63,7 @@ def path() -> Path:
     sources = [
         p for folder in (HERE, csrc()) for p in sorted(folder.rglob("*")) if p.suffix in (".h", ".cuh", ".cu", ".cc")
     ]
-    key = build._hash([*FLAGS, *build._cpu_arch()], sources)
+    key = build._hash([*FLAGS, *build._cpu_arch(), str(OWN_FLAGS)], sources)
     out = build.cache_dir() / f"emulator-{key}"
     library = out / "flashcore_emulator.so"
     out.mkdir(parents=True, exist_ok=True)

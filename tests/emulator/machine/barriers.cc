@@ -24,11 +24,10 @@ void finish_exchange(Warp& warp, Exchange& x) {
   }
 }
 
-void finish_barrier(Cta& cta, NamedBarrier& b, int wanted) {
+void finish_barrier(NamedBarrier& b, int wanted) {
   if (b.arrived < wanted) return;
   b.result = b.votes;
   b.arrived = b.votes = b.threads = 0;
-  static_cast<void>(cta);
   wake(b.waiting);
 }
 
@@ -87,7 +86,7 @@ int sync_cta(bool vote) {
   ++b.arrived;
   b.votes += vote;
   if (b.arrived + cta.done == static_cast<int>(cta.threads.size())) {
-    finish_barrier(cta, b, b.arrived);
+    finish_barrier(b, b.arrived);
   } else {
     b.waiting.push_back(&self());
     wait_for("__syncthreads", 0);
@@ -98,7 +97,7 @@ int sync_cta(bool vote) {
 void barrier_sync(int barrier, int threads) {
   NamedBarrier& b = come_to(barrier, threads);
   if (b.arrived == threads) {
-    finish_barrier(*self().cta, b, threads);
+    finish_barrier(b, threads);
   } else {
     b.waiting.push_back(&self());
     wait_for("named barrier", static_cast<uint32_t>(barrier));
@@ -106,7 +105,7 @@ void barrier_sync(int barrier, int threads) {
 }
 
 void barrier_arrive(int barrier, int threads) {
-  finish_barrier(*self().cta, come_to(barrier, threads), threads);
+  finish_barrier(come_to(barrier, threads), threads);
   step_aside();
 }
 
@@ -116,7 +115,7 @@ void leave_barriers(Cta& cta) {
   for (Exchange& x : self().warp->exchanges) finish_exchange(*self().warp, x);
   NamedBarrier& b = cta.barriers[0];
   if (b.arrived > 0 && b.threads == 0 && b.arrived + cta.done == static_cast<int>(cta.threads.size()))
-    finish_barrier(cta, b, b.arrived);
+    finish_barrier(b, b.arrived);
 }
 
 // ---- mbarriers ----
