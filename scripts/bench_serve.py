@@ -17,10 +17,11 @@ output tokens over the time of the steps in which all of them decode, from the s
 which stands for equally many steps; "whole" is output tokens over the time from the first request sent to the last
 answer read.
 
-With ``--load`` the same requests then arrive at random (Poisson) at 70 % of FA3's throughput: time to first token and
-between tokens, percentiles over all rounds, which the servers of ``--together`` take in turn. A round before them is
-not measured, as kernels are compiled for batches of sizes that a server has not seen; behind it ``/freeze_gc`` takes
-what lives by then out of Python's garbage collection, which else stops a server for up to half a second in some round.
+With ``--load`` the row's requests then arrive at random (Poisson) at 70 % of FA3's throughput, each with a few new
+tokens at the end of its prompt: time to first token and between tokens, percentiles over all rounds, which the servers
+of ``--together`` take in turn. A round before them is not measured, as kernels are compiled for batches of sizes that a
+server has not seen; behind it ``/freeze_gc`` takes what lives by then out of Python's garbage collection, which else
+stops a server for up to half a second in some round. Let the server that is not asked sleep (``--sleep-on-idle``).
 Measure FA3 first: a server before it gets 70 % of its own throughput. ``--load-only`` takes FA3's from an earlier run
 and measures nothing else.
 """
@@ -30,7 +31,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import random
 import statistics
 import subprocess
 import sys
@@ -44,8 +44,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from arrivals import Clients, load
 from serve_report import ROWS, Row, cell, chart, client_table, figure, load_table, parse_row, split_table, table
-from serving import Answer, Server, encode, generate, running, send_all, session, stop_servers_on_sigterm
+from serving import Answer, Server, encode, running, send_all, stop_servers_on_sigterm
 from sglang_benchmark import run as run_sglang_benchmark
 from sglang_benchmark import toy_tokenizer
 from step_split import profile
@@ -93,13 +94,6 @@ LOAD_SHARE = 0.7
 """Of FA3's throughput, the rate at which requests arrive."""
 
 
-def percentiles(seconds: list[float]) -> dict[str, float]:
-    """Milliseconds: p50 and p99."""
-    ordered = sorted(seconds)
-    at = {p: ordered[min(len(ordered) - 1, int(p / 100 * len(ordered)))] for p in (50, 99)}
-    return {f"p{p}_ms": 1e3 * value for p, value in at.items()}
-
-
 def _must_succeed(answers: list[Answer]) -> list[Answer]:
     if errors := [a.error for a in answers if a.error]:
         raise RuntimeError(f"{len(errors)} of {len(answers)} requests failed, the first with: {errors[0]}")
@@ -132,56 +126,6 @@ def measure(server: Server, row: Row) -> dict[str, Any]:
         "seconds": seconds,
         "whole": row.batch * row.output / seconds,
         "cached_tokens": statistics.median(a.cached_tokens for a in answers),
-    }
-
-
-async def _arrive(url: str, bodies: list[bytes], per_second: float, seed: int) -> list[Answer]:
-    generator = random.Random(seed)
-    async with session() as client:
-        tasks = []
-        for body in bodies:
-            tasks.append(asyncio.create_task(generate(client, url, body)))
-            await asyncio.sleep(generator.expovariate(per_second))
-        return await asyncio.gather(*tasks)
-
-
-def load(
-    servers: dict[str, Server], row: Row, tokens_per_second: float, seconds: float, rounds: int
-) -> dict[str, dict[str, Any]]:
-    """Requests of the row, over and over, arriving so that they ask for ``tokens_per_second``: in rounds that the
-    servers take in turn, the same arrivals for each, after one that is not measured. Figures of each server, over all
-    rounds and by round."""
-    per_second = tokens_per_second / row.output
-    bodies = [encode(p, row.output, stream=True) for p in row.prompts()]
-    count = max(8, int(per_second * seconds))
-
-    def arrive(server: Server, requests: int, seed: int) -> list[Answer]:
-        if row.cold:
-            server.flush_cache()
-        chosen = [bodies[i % len(bodies)] for i in range(requests)]
-        return _must_succeed(asyncio.run(_arrive(server.url, chosen, per_second, seed)))
-
-    def figures(answers: list[Answer]) -> dict[str, Any]:
-        gaps = [gap for a in answers for gap in a.gaps]
-        return {"ttft": percentiles([a.ttft for a in answers]), "itl": percentiles(gaps)}
-
-    for server in servers.values():
-        if not row.cold:
-            warm(server, row)  # the row's own run has left its answers in the cache, too
-        arrive(server, count, rounds)  # not measured
-        server.post("/freeze_gc")
-    answers: dict[str, list[list[Answer]]] = {name: [] for name in servers}
-    for n in range(rounds):
-        for name, server in servers.items():
-            answers[name].append(arrive(server, count, n))
-    return {
-        name: {
-            "requests": rounds * count,
-            "tokens_per_second": tokens_per_second,
-            **figures([answer for one in mine for answer in one]),
-            "rounds": [figures(one) for one in mine],
-        }
-        for name, mine in answers.items()
     }
 
 
@@ -226,11 +170,21 @@ def bench_row(server: Server, name: str, row: Row, args: argparse.Namespace, mod
     print(f"{name:12s} {row.name:24s} {cell(entry['steady'])} steady {cell(entry['whole'])} whole", flush=True)
 
 
-def bench_load(servers: dict[str, Server], row: Row, args: argparse.Namespace, results: Results) -> None:
+def bench_load(
+    clients: Clients, servers: dict[str, Server], row: Row, args: argparse.Namespace, results: Results
+) -> None:
     """The row under load on servers that have measured it, added to ``results``."""
     peer = "fa3" if figure(results, "fa3", row) else next(iter(servers))
     if throughput := figure(results, peer, row):
-        measured = load(servers, row, LOAD_SHARE * throughput, args.load, args.load_rounds)
+        measured = load(
+            clients,
+            servers,
+            row,
+            warm=warm,
+            tokens_per_second=LOAD_SHARE * throughput,
+            seconds=args.load,
+            rounds=args.load_rounds,
+        )
         for name, figures in measured.items():
             results["backends"][name]["rows"][row.name]["load"] = figures
 
@@ -242,6 +196,7 @@ def bench(args: argparse.Namespace, model: str, results: Results, save: Callable
         with ExitStack() as stack, ThreadPoolExecutor() as pool:
             starting = [pool.submit(stack.enter_context, start(name, args, model)) for name in names]
             servers = {name: future.result() for name, future in zip(names, starting, strict=True)}
+            clients = stack.enter_context(Clients())
             for name, server in servers.items():
                 print(f"{name}: ready in {server.ready_seconds:.0f} s", flush=True)
             for row in args.rows:
@@ -249,7 +204,7 @@ def bench(args: argparse.Namespace, model: str, results: Results, save: Callable
                     bench_row(server, name, row, args, model, results)
                     save()
                 if args.load and row in (args.load_rows or args.rows):
-                    bench_load(servers, row, args, results)
+                    bench_load(clients, servers, row, args, results)
                     save()
 
 

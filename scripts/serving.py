@@ -22,6 +22,7 @@ from typing import Any
 import aiohttp
 
 READY_SECONDS = 600.0
+_TOKENS = re.compile(rb'"completion_tokens": ?(\d+)')
 _DECODE_LINE = re.compile(r"Decode batch.*?#running-req: (\d+).*?gen throughput \(token/s\): ([\d.]+)")
 
 
@@ -174,14 +175,16 @@ async def generate(client: aiohttp.ClientSession, url: str, body: bytes) -> Answ
                 return out
             data: dict[str, Any] = {}
             if "event-stream" in response.headers.get("Content-Type", ""):
+                last = b"{}"
                 async for line in response.content:
                     if not line.startswith(b"data: {"):
                         continue
                     now = time.perf_counter() - start
-                    data = json.loads(line[6:])
-                    count = int(data.get("meta_info", {}).get("completion_tokens", 0))
+                    last = line[6:]  # each repeats the answer so far, so only the last is parsed
+                    count = int(found[1]) if (found := _TOKENS.search(last)) else 0
                     out.arrivals += [now] * (count - seen)
                     seen = max(seen, count)
+                data = json.loads(last)
             else:
                 data = json.loads(await response.read())
         meta = data.get("meta_info", {})

@@ -89,10 +89,6 @@ def test_step_is_split_by_kind_of_kernel():
     assert serve_report.split_table(measured) == ""
 
 
-def test_percentiles_are_in_milliseconds():
-    assert bench_serve.percentiles([i / 1000 for i in range(101)]) == {"p50_ms": 50.0, "p99_ms": 99.0}
-
-
 def test_chart_is_written(tmp_path):
     pytest.importorskip("matplotlib")
     serve_report.chart(results(fa3=100.0, ours=360.0), tmp_path / "chart.png")
@@ -113,27 +109,3 @@ def test_sglang_benchmark_shares_prefixes_where_the_row_does():
     assert "generated-shared-prefix" in shared and shared[shared.index("--gsp-num-groups") + 1] == "4"
     alone = sglang_benchmark.arguments("url", "model", requests=1, shared=64, **row)
     assert "random-ids" in alone and alone[alone.index("--random-input-len") + 1] == "72"
-
-
-def test_servers_take_the_same_arrivals_in_turn(monkeypatch):
-    calls = []
-
-    async def arrive(url: str, bodies: list[bytes], per_second: float, seed: int) -> list[serving.Answer]:
-        calls.append((url, len(bodies), per_second, seed))
-        first = 0.1 if url == "a" else 0.2
-        return [serving.Answer(arrivals=[first, first + 0.01 * (seed + 1)]) for _ in bodies]
-
-    monkeypatch.setattr(bench_serve, "_arrive", arrive)
-    monkeypatch.setattr(serving.Server, "post", lambda server, path: calls.append((server.url, 0, 10.0, path)))
-    monkeypatch.setattr(bench_serve, "warm", lambda server, row: calls.append((server.url, 0, 10.0, None)))
-    servers = {url: serving.Server(url, None, None) for url in ("a", "b")}
-    row = serve_report.parse_row("1x2:8+4:128")
-    figures = bench_serve.load(servers, row, tokens_per_second=1280.0, seconds=2.0, rounds=2)
-    before = [(url, step) for url in ("a", "b") for step in (None, 2, "/freeze_gc")]
-    assert [(url, step) for url, _, _, step in calls] == [*before, ("a", 0), ("b", 0), ("a", 1), ("b", 1)]
-    assert {count for _, count, _, step in calls if isinstance(step, int)} == {20}
-    assert {per_second for _, _, per_second, _ in calls} == {10.0}
-    assert figures["b"]["requests"] == 40
-    assert figures["b"]["ttft"]["p50_ms"] == pytest.approx(200)
-    assert [x["itl"]["p99_ms"] for x in figures["a"]["rounds"]] == pytest.approx([10, 20])
-    assert figures["a"]["itl"]["p99_ms"] == pytest.approx(20)
