@@ -31,6 +31,7 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -186,6 +187,23 @@ def _jobs() -> int:
     return int(value)
 
 
+def make_once(path: Path, make: Callable[[Path], None]) -> Path:
+    """The file, made by the first process that asks while the others wait; return its path.
+
+    Args:
+        path: in a folder of its own. It appears by rename, never half written.
+        make: writes the file to the path it is given, in that folder.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.parent / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            unfinished = path.with_name(f"{path.name}.tmp")
+            make(unfinished)
+            unfinished.rename(path)
+    return path
+
+
 def build(kind: str = "cuda") -> Path:
     """Compile one library unless it is in the cache; return its path.
 
@@ -199,25 +217,21 @@ def build(kind: str = "cuda") -> Path:
     lib = library_path(kind)
     if lib.exists():
         return lib
-    compiler, out = _compile_command(kind)[0], lib.parent
+    compiler = _compile_command(kind)[0]
     objects = cache_dir() / "objects"
     objects.mkdir(parents=True, exist_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if lib.exists():
-            return lib
+
+    def make(out: Path) -> None:
         with ThreadPoolExecutor(_jobs()) as pool:
             made = list(pool.map(lambda unit: _compile(kind, unit, objects), _units(kind)))
         from tvm_ffi.libinfo import find_libtvm_ffi
 
         ffi = Path(find_libtvm_ffi())
         link = [compiler, "-shared", "-pthread"] if kind == "cpu" else [compiler, "-shared", ARCH]
-        tmp = out / f"{lib.name}.tmp"
-        _run([*link, *map(str, made), f"-L{ffi.parent}", "-ltvm_ffi", "-o", str(tmp)])
-        (out / "compile.log").write_text("".join(o.with_suffix(".log").read_text() for o in made))
-        tmp.rename(lib)
-    return lib
+        _run([*link, *map(str, made), f"-L{ffi.parent}", "-ltvm_ffi", "-o", str(out)])
+        (out.parent / "compile.log").write_text("".join(o.with_suffix(".log").read_text() for o in made))
+
+    return make_once(lib, make)
 
 
 @functools.cache

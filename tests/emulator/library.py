@@ -7,7 +7,6 @@ FLASHCORE_EMULATED_CSRC    csrc/ of another tree, whose kernels are to be tested
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import os
 import platform
@@ -64,33 +63,27 @@ def path() -> Path:
         p for folder in (HERE, csrc()) for p in sorted(folder.rglob("*")) if p.suffix in (".h", ".cuh", ".cu", ".cc")
     ]
     key = build._hash([*FLAGS, *build._cpu_arch(), str(OWN_FLAGS)], sources)
-    out = build.cache_dir() / f"emulator-{key}"
-    library = out / "flashcore_emulator.so"
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if library.exists():
-            return library
-        include = ["-I", str(out), "-I", str(HERE), "-I", str(csrc()), "-isystem", find_include_path()]
-        command = [build.cxx(), *FLAGS, *build._cpu_arch(), *include]
+    include = ["-I", str(HERE), "-I", str(csrc()), "-isystem", find_include_path()]
+
+    def make(out: Path) -> None:
+        command = [build.cxx(), *FLAGS, *build._cpu_arch(), "-I", str(out.parent), *include]
 
         def compiled(unit: Path) -> Path:
-            made = out / f"{unit.stem}.o"
+            made = out.with_name(f"{unit.stem}.o")
             build._run([*command, *_own_flags(unit), "-x", "c++", "-c", str(unit), "-o", str(made)])
             return made
 
-        headers = out / "window.h.gch"  # takes g++ half a kernel's time
+        headers = out.with_name("window.h.gch")  # takes g++ half a kernel's time
         build._run([*command, "-x", "c++-header", str(HERE / "window.h"), "-o", str(headers)])
         with ThreadPoolExecutor(build._jobs()) as pool:
             objects = list(pool.map(compiled, _units()))
         headers.unlink()
         ffi = Path(find_libtvm_ffi())
-        made = library.with_suffix(".tmp")
-        build._run([build.cxx(), "-shared", *map(str, objects), f"-L{ffi.parent}", "-ltvm_ffi", "-o", str(made)])
+        build._run([build.cxx(), "-shared", *map(str, objects), f"-L{ffi.parent}", "-ltvm_ffi", "-o", str(out)])
         for o in objects:
             o.unlink()
-        made.rename(library)
-    return library
+
+    return build.make_once(build.cache_dir() / f"emulator-{key}" / "flashcore_emulator.so", make)
 
 
 @functools.cache
