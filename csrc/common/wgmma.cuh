@@ -6,10 +6,7 @@
 // So two neighbouring column groups of D, rounded to 16 bit, are an A fragment: P goes from the first product to the
 // second without leaving the registers.
 //
-// Shared-memory operands use the 128-byte swizzle: 1024-byte atoms of eight 128-byte lines.
-//   K-major (A, and K as B): an atom is 8 rows x 64 elements of d; `stride` is the distance between 8-row groups.
-//   MN-major (V as B): an atom is 8 tokens x 64 columns of d; `stride` between 8-token groups, `leading` between
-//   64-column blocks.
+// Operands in shared memory: wgmma_descriptor.cuh.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -17,17 +14,10 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "common/wgmma_descriptor.cuh"
+
 namespace flashcore::ptx {
 
-__device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t smem, uint32_t leading_bytes, uint32_t stride_bytes) {
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-  return kSwizzle128 | (uint64_t{stride_bytes >> 4} << 32) | (uint64_t{leading_bytes >> 4} << 16) |
-         ((smem & 0x3FFFF) >> 4);
-}
-// The descriptor of what lies `bytes` further on: one addition, where making it anew takes four instructions.
-__device__ __forceinline__ uint64_t wgmma_advance(uint64_t descriptor, uint32_t bytes) {
-  return (descriptor & 0xFFFFFFFF00000000ull) | (static_cast<uint32_t>(descriptor) + (bytes >> 4));
-}
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int kPending>

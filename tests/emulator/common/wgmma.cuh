@@ -1,4 +1,4 @@
-// csrc/common/wgmma.cuh for the emulated machine. The layouts of operands and descriptors are described there.
+// csrc/common/wgmma.cuh for the emulated machine. The layouts of operands are described there.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -6,18 +6,11 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "common/wgmma_descriptor.cuh"
 #include "machine/device.h"
 
 namespace flashcore::ptx {
 
-inline uint64_t wgmma_descriptor(uint32_t smem, uint32_t leading_bytes, uint32_t stride_bytes) {
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-  return kSwizzle128 | (uint64_t{stride_bytes >> 4} << 32) | (uint64_t{leading_bytes >> 4} << 16) |
-         ((smem & 0x3FFFF) >> 4);
-}
-inline uint64_t wgmma_advance(uint64_t descriptor, uint32_t bytes) {
-  return (descriptor & 0xFFFFFFFF00000000ull) | (static_cast<uint32_t>(descriptor) + (bytes >> 4));
-}
 using emulator::wgmma_commit;
 using emulator::wgmma_fence;
 template <int kPending>
