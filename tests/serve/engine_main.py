@@ -1,9 +1,11 @@
 """Offline engine whose decode alone is ours; prints the answers. A file of its own: the engine spawns processes."""
 
 import json
+import os
 import sys
 
 if __name__ == "__main__":
+    os.environ["HF_HUB_OFFLINE"] = "1"  # everything is in the folder
     import sglang
 
     engine = sglang.Engine(

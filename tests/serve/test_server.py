@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +19,8 @@ needs.sglang()
 import requests
 import torch
 from serve import workload
-from serve.server import ROOT, SERVE, launch, running, stop
+from serve.programs import Programs
+from serve.server import ROOT, SERVE, Server, launch, running, stop
 
 pytestmark = [
     pytest.mark.serve,
@@ -29,6 +30,7 @@ pytestmark = [
 ]
 
 COMMON = ["--enable-cache-report", "--random-seed", "1"]
+PROMPTS = ["The capital of France is", "The capital of France is", "One, two, three,"]
 METRICS = ["--enable-metrics"] if find_spec("prometheus_client") else []
 
 
@@ -133,8 +135,22 @@ def test_aborted_request_does_not_disturb_the_others(ours, expected):
     assert workload.text_of(answer) == expected.texts["plain"]
 
 
-def test_pages_of_16_and_chunked_prefill_answer_the_same(logs, model, expected, ours, results):
-    """Started by `sglang serve`; chunks of 256 tokens, pages of 16."""
+@pytest.fixture(scope="module")
+def engine(model) -> Programs:
+    """Runs while it is not asked for yet."""
+    return Programs("engine_main.py", [(model, json.dumps(PROMPTS))])
+
+
+@pytest.fixture(scope="module")
+def refused(logs) -> Iterator[Server]:
+    """A server that ends before it serves."""
+    server = launch(SERVE, logs / "refused.log", ["--page-size", "8", "--kv-cache-dtype", "fp8_e5m2"])
+    yield server
+    stop(server)
+
+
+def test_pages_of_16_and_chunked_prefill_answer_the_same(logs, model, expected, ours, results, engine, refused):
+    """Started by `sglang serve`; chunks of 256 tokens, pages of 16. Not timed: those of the next tests start beside."""
     stop(ours)
     command = ["sglang", "serve", "--model-path", model, "--served-model-name", workload.MODEL]
     command += ["--device", "cpu", "--dtype", "float32", "--max-total-tokens", "16384", "--max-running-requests", "16"]
@@ -144,28 +160,16 @@ def test_pages_of_16_and_chunked_prefill_answer_the_same(logs, model, expected, 
         assert "page size 16" in server.text()
 
 
-def test_engine_decodes_with_ours_beside_another_prefill_backend(model):
-    prompts = ["The capital of France is", "The capital of France is", "One, two, three,"]
-    script = Path(__file__).with_name("engine_main.py")
-    run = subprocess.run(
-        [sys.executable, str(script), model, json.dumps(prompts)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
+def test_engine_decodes_with_ours_beside_another_prefill_backend(engine, model):
+    run = engine[model, json.dumps(PROMPTS)]
     assert "flashcore_sparse serves on cpu" in run.stdout + run.stderr, run.stderr[-3000:]
     answers = json.loads(re.search(r"^ANSWERS (.*)$", run.stdout, re.M)[1])
     assert "Paris" in answers[0]
     assert answers[0] == answers[1]
 
 
-def test_unsupported_options_stop_the_server_with_every_reason(logs):
-    server = launch(SERVE, logs / "refused.log", ["--page-size", "8", "--kv-cache-dtype", "fp8_e5m2"])
-    try:
-        assert server.process.wait(240) != 0
-    finally:
-        stop(server)
-    log = server.text()
+def test_unsupported_options_stop_the_server_with_every_reason(refused):
+    assert refused.process.wait(240) != 0
+    log = refused.text()
     assert "page_size: want one of 1, 16, 32, 64, 128, got 8; start with --page-size 64" in log
     assert "kv_cache_dtype: want float32, bfloat16, float16, float8_e4m3fn, got float8_e5m2; start with" in log
