@@ -36,6 +36,13 @@ lint() {
   check shellcheck -x "${shell_files[@]}"
 }
 
+# Compiles the CUDA library in what the other things leave of the cores. Tests that need it wait for it, and compile it
+# themselves, with the compiler's words, if this failed.
+build_cuda_beside() {
+  progress "cuda library: compiling beside what follows, if there is nvcc"
+  nice -n 19 python -m flashcore_sglang build cuda &>/dev/null &
+}
+
 cd "$flashcore_root"
 case ${1-} in
   --help | -h)
@@ -51,6 +58,7 @@ if (($#)) && [[ $1 != --all ]]; then
 fi
 
 prepare_environment dev
+build_cuda_beside
 lint
 python -m flashcore_sglang build
 if [[ ${1-} == --all || ${CI-} == true ]] && [[ -z ${FLASHCORE_SGLANG-} ]]; then
