@@ -87,7 +87,7 @@ void fence_proxy_async() { self().fenced = ++machine.clock; }
 void tma_load(uint32_t smem, const CUtensorMap& map, uint32_t bar, const int (&coordinates)[5]) {
   Cta& cta = *self().cta;
   window(cta, smem, box_bytes(map), 128);
-  Copy copy{.bar = bar, .smem = smem, .map = map, .slow = machine.chance(2)};
+  Copy copy{.bar = bar, .smem = smem, .map = map, .speed = machine.speed()};
   std::memcpy(copy.coordinates, coordinates, sizeof coordinates);
   visit_box(cta, copy, [](uint32_t, char* to, const char*) { std::memset(to, kPoison, 16); });
   cta.copies.push_back(copy);
@@ -105,7 +105,7 @@ void cp_async_16(uint32_t smem, const void* global, uint32_t bytes) {
 
 void cp_async_mbarrier_arrive(uint32_t bar) {
   Thread& t = self();
-  t.cta->copies.push_back({.bar = bar, .thread = &t, .until = t.issued, .slow = machine.chance(2)});
+  t.cta->copies.push_back({.bar = bar, .thread = &t, .until = t.issued, .speed = machine.speed()});
 }
 
 void land(Cta& cta, const Copy& copy) {

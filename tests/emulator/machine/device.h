@@ -24,7 +24,7 @@ int multiprocessors();
 [[noreturn]] void fail(const std::string& what);
 void step_aside();  // here another warp may go on
 void let_others();  // an atomic operation was done: here all other CTAs may go on before this one
-void poll();        // the thread looks for something in vain, and is going to look again
+void poll();        // the thread looks for something; having looked again and again, it waits until something happens
 
 // ---- warps and CTAs ----
 struct Lanes {

@@ -17,6 +17,7 @@ Machine machine;
 namespace {
 
 constexpr size_t kWindowBytes = 256 << 10;
+constexpr int kLooks = 4;          // one after the other: more are polling
 constexpr int kVainRounds = 1000;  // of threads that poll, while nothing else happens
 
 std::string hex(uint64_t x) {
@@ -121,13 +122,13 @@ bool Machine::step() {
   const bool late = settings.asynchrony == Asynchrony::kLate;
   const bool now = settings.asynchrony == Asynchrony::kEarly || (!late && chance(2));
   Warp* warp = choose_warp(late);
-  if ((now || warp == nullptr) && run_copy_or_product(false)) return true;
-  if (warp == nullptr && chance(7) && run_copy_or_product(true)) return true;  // of what is slow, copies mostly first
+  if ((now || warp == nullptr) && run_copy_or_product(Speed::kFast)) return true;
+  if (warp == nullptr && chance(7) && run_copy_or_product(Speed::kSlow)) return true;  // copies mostly first
   if (warp != nullptr || (warp = choose_warp(true)) != nullptr) {
     run_warp(*warp);
     return true;
   }
-  if (run_copy_or_product(true)) return true;
+  if (run_copy_or_product(Speed::kSlow) || run_copy_or_product(Speed::kLast)) return true;
   static uint64_t before = 0;
   static int vain = 0;
   vain = before == clock ? vain + 1 : 0;
@@ -146,7 +147,7 @@ bool Machine::step() {
   return any;
 }
 
-bool Machine::run_copy_or_product(bool slow) {
+bool Machine::run_copy_or_product(Speed slowest) {
   struct Choice {
     Cta* cta;
     size_t copy;
@@ -156,9 +157,9 @@ bool Machine::run_copy_or_product(bool slow) {
   choices.clear();
   for (auto& cta : ctas) {
     for (size_t i = 0; i < cta->copies.size(); ++i)
-      if (slow || !cta->copies[i].slow) choices.push_back({cta.get(), i, nullptr});
+      if (cta->copies[i].speed <= slowest) choices.push_back({cta.get(), i, nullptr});
     for (Warpgroup& w : cta->warpgroups)
-      if (can_run(w) && (slow || !w.slow)) choices.push_back({cta.get(), 0, &w});
+      if (can_run(w) && (slowest > Speed::kFast || !w.slow)) choices.push_back({cta.get(), 0, &w});
   }
   if (choices.empty()) return false;
   const Choice chosen = choices[random() % choices.size()];
@@ -272,6 +273,7 @@ void fail(const std::string& what) {
 
 void step_aside() {
   ++machine.clock;
+  self().looks = 0;
   if (machine.chance(2)) emulator_switch(&self().stack, machine.stack);
 }
 
@@ -284,6 +286,10 @@ void let_others() {
 
 void poll() {
   Thread& t = self();
+  if (++t.looks < kLooks) {
+    if (machine.chance(2)) emulator_switch(&t.stack, machine.stack);
+    return;
+  }
   t.waits_for = "polls";
   t.where = 0;
   set_state(t, State::kPolling);

@@ -1,8 +1,8 @@
 // A GPU on one thread of the CPU: every thread of a grid is a fiber, and kResident CTAs run at a time.
 //
 // A fiber runs until it waits for something. Then the machine chooses, by a seed, which warp goes on, or which of the
-// asynchronous operations in flight happens. Some of each are slow: they have to wait for all others. Whatever a kernel
-// does not wait for may so happen before or after:
+// asynchronous operations in flight happens. Some of each are slow: they have to wait for all others, and some copies
+// until nothing else can happen. Whatever a kernel does not wait for may so happen before or after:
 //   copies    overwrite their destination with NaN when they are issued, and land later (copies.cc)
 //   products  read shared memory and registers when they run, in order, at any time between their issue and the wait
 //             for them; until then their accumulators are NaN (products.cc)
@@ -48,6 +48,7 @@ struct Thread {
   Warp* warp = nullptr;
   int index = 0;  // in the CTA
   State state = State::kReady;
+  int looks = 0;  // since anything else it did
   void* stack = nullptr;
   const char* waits_for = "";
   uint32_t where = 0;  // its address or number
@@ -87,6 +88,8 @@ struct NamedBarrier {
   std::vector<Thread*> waiting;
 };
 
+enum class Speed { kFast, kSlow, kLast };
+
 // A copy that has been issued. `until`: of cp.async, how many of the thread's copies have to land before the arrival.
 struct Copy {
   uint32_t bar = 0, smem = 0;
@@ -94,7 +97,7 @@ struct Copy {
   int coordinates[5] = {};
   Thread* thread = nullptr;
   uint64_t until = 0;
-  bool slow = false;
+  Speed speed = Speed::kFast;
 };
 
 // Sums of one or more products in flight, which become the registers of 128 threads again once all of them have run.
@@ -154,10 +157,11 @@ struct Machine {
   unsigned patience = 0;  // of 8: how often a warp goes on again
 
   bool chance(unsigned of_8) { return random() % 8 < of_8; }
+  Speed speed() { return !chance(2) ? Speed::kFast : chance(6) ? Speed::kSlow : Speed::kLast; }
   void run(const Shape& shape);
   void check_ended(const Cta& cta);
   bool step();
-  bool run_copy_or_product(bool slow);
+  bool run_copy_or_product(Speed slowest);
   Warp* choose_warp(bool slow);
   void run_warp(Warp& warp);
   void resume(Thread& t);
