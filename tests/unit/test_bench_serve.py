@@ -10,7 +10,6 @@ import pytest
 
 needs.sglang()  # aiohttp comes with it
 
-import bench_serve
 import serve_report
 import serving
 import sglang_benchmark
