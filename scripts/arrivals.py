@@ -20,6 +20,9 @@ CLIENTS = 4
 NEW_TOKENS = 4
 """At the end of a prompt, known to no cache: SGLang leaves extends of one token out of its graphs of prefill."""
 
+LEAST_REQUESTS = 24
+"""Of a round, however long it takes."""
+
 
 def percentiles(seconds: list[float]) -> dict[str, float]:
     """Milliseconds: p50 and p99."""
@@ -111,7 +114,7 @@ def load(
     servers take in turn, the same arrivals for each, after one that is not measured. ``warm`` fills a cache with the
     row's prompts. Figures of each server, over all rounds and by round."""
     per_second = tokens_per_second / row.output
-    count = max(8, int(per_second * seconds))
+    count = max(LEAST_REQUESTS, int(per_second * seconds))
 
     def arrive(server: Server, seed: int) -> list[Answer]:
         if row.cold:

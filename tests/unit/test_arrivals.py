@@ -125,7 +125,7 @@ def test_servers_take_the_same_arrivals_in_turn(monkeypatch):
 
     class FakeClients:
         def send(self, url: str, bodies: list[bytes], times: list[float]) -> list[serving.Answer]:
-            seed = next(seed for seed in range(3) if times == arrivals.schedule(20, 10.0, seed))
+            seed = next(seed for seed in range(3) if times == arrivals.schedule(30, 10.0, seed))
             calls.append((url, seed, bodies))
             first = 0.1 if url == "a" else 0.2
             return [serving.Answer(arrivals=[first, first + 0.01 * (seed + 1)]) for _ in bodies]
@@ -138,13 +138,13 @@ def test_servers_take_the_same_arrivals_in_turn(monkeypatch):
         ROW,
         warm=lambda server, row: calls.append((server.url, "warm", None)),
         tokens_per_second=1280.0,
-        seconds=2.0,
+        seconds=3.0,
         rounds=2,
     )
     before = [(url, step) for url in ("a", "b") for step in ("warm", 2, "/freeze_gc")]
     assert [(url, step) for url, step, _ in calls] == [*before, ("a", 0), ("b", 0), ("a", 1), ("b", 1)]
     assert {url: bodies for url, step, bodies in calls if step == 1}["a"] == calls[-1][2]
-    assert figures["b"]["requests"] == 40
+    assert figures["b"]["requests"] == 60
     assert figures["b"]["ttft"]["p50_ms"] == pytest.approx(200)
     assert [x["itl"]["p99_ms"] for x in figures["a"]["rounds"]] == pytest.approx([10, 20])
     assert figures["a"]["itl"]["p99_ms"] == pytest.approx(20)
