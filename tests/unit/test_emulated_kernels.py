@@ -95,6 +95,7 @@ DECODE_CASES = {
     "decode, pages of 16": Case(((256, ((5, 1),) * 20), (0, ((700, 1),))), page_size=16, order="permuted"),
     "decode, d 64": Case(ONES, head_dim=64, dtype=FP16),
     "decode, d 256": Case(ONES, head_dim=256, order="permuted"),
+    "decode, d 256, runs": Case(ONES, head_dim=256),
     "decode, e4m3": Case(ONES, e4m3=True, order="interleaved"),
 }
 
