@@ -12,7 +12,7 @@ from multiprocessing import get_context
 from typing import Any
 
 from serve_report import Row
-from serving import Answer, Server, encode, generate, session
+from serving import Answer, Server, encode, generate, must_succeed, session
 
 CLIENTS = 4
 """Processes that send: one reads about 15,000 tokens per second, which a server exceeds in bursts."""
@@ -79,9 +79,7 @@ class Clients:
         answers = [Answer()] * len(bodies)
         for i, part in enumerate(parts):
             answers[i::CLIENTS] = part.result()
-        if errors := [answer.error for answer in answers if answer.error]:
-            raise RuntimeError(f"{len(errors)} of {len(answers)} requests failed, the first with: {errors[0]}")
-        return answers
+        return must_succeed(answers)
 
 
 def _send(url: str, begin: float, timed: list[tuple[float, bytes]]) -> list[Answer]:

@@ -46,7 +46,7 @@ from typing import Any
 
 from arrivals import Clients, load
 from serve_report import ROWS, Row, cell, chart, client_table, figure, load_table, parse_row, split_table, table
-from serving import Answer, Server, encode, running, send_all, stop_servers_on_sigterm
+from serving import Server, encode, must_succeed, running, send_all, stop_servers_on_sigterm
 from sglang_benchmark import run as run_sglang_benchmark
 from sglang_benchmark import toy_tokenizer
 from step_split import profile
@@ -94,18 +94,12 @@ LOAD_SHARE = 0.7
 """Of FA3's throughput, the rate at which requests arrive."""
 
 
-def _must_succeed(answers: list[Answer]) -> list[Answer]:
-    if errors := [a.error for a in answers if a.error]:
-        raise RuntimeError(f"{len(errors)} of {len(answers)} requests failed, the first with: {errors[0]}")
-    return answers
-
-
 def warm(server: Server, row: Row) -> None:
     """Puts the row's prefixes, then its prompts, into the radix cache."""
     server.flush_cache()
     for prompts in (row.prefixes(), row.prompts()):
         bodies = [encode(p, 1) for p in prompts if p]
-        _must_succeed(asyncio.run(send_all(server.url, bodies)))
+        must_succeed(asyncio.run(send_all(server.url, bodies)))
 
 
 def measure(server: Server, row: Row) -> dict[str, Any]:
@@ -116,7 +110,7 @@ def measure(server: Server, row: Row) -> dict[str, Any]:
         warm(server, row)
     bodies = [encode(p, row.output) for p in row.prompts()]
     offset, start = server.log_size(), time.perf_counter()
-    answers = _must_succeed(asyncio.run(send_all(server.url, bodies)))
+    answers = must_succeed(asyncio.run(send_all(server.url, bodies)))
     seconds = time.perf_counter() - start
     time.sleep(0.3)  # the log is written by another process
     rates = server.decode_rates(offset, row.batch)
@@ -144,7 +138,7 @@ def split_of(server: Server, row: Row) -> dict[str, float] | None:
         except TimeoutError as error:
             print(f"{row.name}: {error}", file=sys.stderr)
             shares = None
-        _must_succeed(answers.result())
+        must_succeed(answers.result())
     return shares
 
 

@@ -142,6 +142,13 @@ class Answer:
         return [b - a for a, b in zip(self.arrivals, self.arrivals[1:], strict=False)]
 
 
+def must_succeed(answers: list[Answer]) -> list[Answer]:
+    """The answers. Raises RuntimeError if a request failed."""
+    if errors := [a.error for a in answers if a.error]:
+        raise RuntimeError(f"{len(errors)} of {len(answers)} requests failed, the first with: {errors[0]}")
+    return answers
+
+
 def drift(mine: Answer, other: Answer) -> list[float]:
     """Differences of logprob, absolute, of the tokens up to where the two greedy answers part; the first token that
     differs is left out, as those after it answer another text."""
