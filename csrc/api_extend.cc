@@ -148,6 +148,7 @@ void extend(TensorView q, TensorView k_cache, TensorView v_cache, TensorView tab
   fill_attention(p, q, k_cache, v_cache, out, scale, logit_cap, sinks);
   p.cache = cache_scales(q, k_cache, k_scale, v_scale, v_factor);
   if (q.size(0) == 0) return;
+  p.boxed_tokens = static_cast<int>(q.size(0));
   p.work = checked_workspace(workspace, w);
   p.table = int_array("table", table, workspace, 1);
   if (custom_mask.has_value()) {

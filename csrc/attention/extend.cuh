@@ -59,6 +59,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       ptx::prefetch_tensormap(&maps.k[i]);
       ptx::prefetch_tensormap(&maps.v[i]);
     }
+    if (p.boxed_tokens > 0) ptx::prefetch_tensormap(&maps.q);
   }
   ptx::grid_dependency_wait();
   if (threadIdx.x == 0) {
@@ -103,9 +104,12 @@ void launch_kernel(const Params& p, int ctas, cudaStream_t stream) {
     encode_kv_map(&maps.v[2], dtype, k + p.gather_slots * slot * bytes_of(dtype), p.gather_slots, p.kv_heads,
                   C::kHeadDim, slot, C::kHeadDim, C::kTile);
   }
+  Params boxed = p;
+  if (!encode_q_map(&maps.q, p.q, p.boxed_tokens, p.heads, C::kHeadDim, p.q_row_stride, p.ratio, C::kRows))
+    boxed.boxed_tokens = 0;
   auto* kernel = extend_kernel<C>;
   FC_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes));
-  launch_dependent(kernel, dim3(ctas), dim3(C::kThreads), kSmemBytes, stream, p, maps);
+  launch_dependent(kernel, dim3(ctas), dim3(C::kThreads), kSmemBytes, stream, boxed, maps);
 }
 
 template <typename Cache, int kHeadDim>

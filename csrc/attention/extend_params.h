@@ -49,7 +49,7 @@ struct alignas(16) Gather {
 struct alignas(16) Item {
   int q_row, q_rows;  // first, 1 .. tile_rows
   int kv_head;
-  int first_tile, num_tiles;  // of the KV tiles of all pieces
+  int first_tile, num_tiles;  // of the KV tiles of all pieces; the planner puts in the place of the first where q begins
   int partial;                // slot of the tile's first chunk; -1: one chunk, which goes to out
   int chunk;                  // chunk | chunks << 16
   int more;                   // pieces after the first: first of them in Workspace::pieces
@@ -189,6 +189,7 @@ struct Params {
   float scale_log2, logit_cap, cap_scale_log2;  // as in DecodeParams
   CacheScales cache;
   uint32_t ratio_inverse;  // 2^32 / ratio, rounded up; 0 for 1
+  int boxed_tokens;        // T if an item's q may come as one box, else 0
 };
 
 void launch_schedule(const ScheduleParams&, cudaStream_t);

@@ -33,6 +33,23 @@ __device__ __forceinline__ Pages<C> load_pages(const Params& p, const Piece& pie
   return r;
 }
 
+// Where an item's q begins, if it is one box: its tokens lie one behind the other, and there are as many more in q as a
+// box takes; else -1. `word`: of the item, one per lane.
+template <class C>
+__device__ __forceinline__ int q_box(const Params& p, int word, int lane) {
+  if (p.boxed_tokens == 0) return -1;
+  const int q_row = __shfl_sync(~0u, word, 0), q_rows = __shfl_sync(~0u, word, 1), first = token_at(p, q_row);
+  const int last = token_at(p, q_row + q_rows - 1);
+  int begin = 0;
+  bool boxed = first * p.ratio == q_row;
+  for (int t = first; t <= last; t += 32) {
+    const int index = __ldg(&p.work.tokens[min(t + lane, last)].index);
+    if (t == first) begin = __shfl_sync(~0u, index, 0);
+    boxed = boxed && index == begin + min(t + lane, last) - first;
+  }
+  return __all_sync(~0u, boxed && begin + C::kRows / p.ratio <= p.boxed_tokens) ? begin : -1;
+}
+
 // Asks for the custom mask of a tile, which the consumers else wait for.
 __device__ __forceinline__ void prefetch_mask(const Params& p, const Item& item, const Piece& piece, int token,
                                               int lane) {
@@ -123,8 +140,9 @@ __device__ __forceinline__ void plan(const Params& p, SharedStorage<C>& s, int l
   int tile = 0, slot = 0;  // positions in the rings of tiles and items
   const int total = s.total;
   int item = blockIdx.x, claimed = claim(p, lane), word = load_word(p, item, total, lane);
+  int q_at = item < total ? q_box<C>(p, word, lane) : 0;
   while (item < total) {
-    if (lane < 16) reinterpret_cast<int*>(&s.items[slot])[lane] = word;
+    if (lane < 16) reinterpret_cast<int*>(&s.items[slot])[lane] = lane == 3 ? q_at : word;
     const int upcoming = __shfl_sync(~0u, claimed, 0), next_word = load_word(p, upcoming, total, lane);
     if (upcoming < total) claimed = claim(p, lane);
     Piece piece = piece_of(word, 8);
@@ -141,6 +159,8 @@ __device__ __forceinline__ void plan(const Params& p, SharedStorage<C>& s, int l
           if (t + 1 < end) ahead = load_pages<C>(p, piece, (t + 1) * C::kTile, lane);
           --left;
           plan_tile<C>(p, s, ring, tile, piece, t * C::kTile, pages, slot, first, left == 0, lane);
+          // Under load the answer takes longer than a tile: so of the next item, and not between the two.
+          if (first && upcoming < total) q_at = q_box<C>(p, next_word, lane);
           first = false;
         }
       }

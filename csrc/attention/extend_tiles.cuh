@@ -106,6 +106,7 @@ struct SharedStorage {
 
 struct TensorMaps {
   CUtensorMap k[3], v[3];  // boxes of 8 tokens, of a tile, of a tile of gathered slots
+  CUtensorMap q;           // of an item
 };
 
 }  // namespace flashcore::extend

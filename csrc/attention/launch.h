@@ -19,6 +19,12 @@ void encode_kv_map(CUtensorMap* map, DType dtype, const void* base, int num_slot
 void encode_strided_map(CUtensorMap* map, DType dtype, const void* base, int num_slots, int head_dim,
                         int64_t slot_stride, int64_t head_stride);
 
+// Of q [num_tokens, heads, head_dim] in 16 bits: `rows` q_rows of one KV head, whose tokens lie one behind the other,
+// in the layout of tiles.cuh. Coordinates: (0, kv_head * ratio, token, 0, 0); `rows` / `ratio` tokens must be there.
+// False: there is no such box, as eight rows are not whole tokens or q is not aligned to 16 bytes.
+bool encode_q_map(CUtensorMap* map, const void* base, int num_tokens, int heads, int head_dim, int64_t token_stride,
+                  int ratio, int rows);
+
 template <typename... Params>
 void launch_dependent(void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem, cudaStream_t stream,
                       const Params&... params) {

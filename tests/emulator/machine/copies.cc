@@ -146,7 +146,8 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
     fits &= strides[d] % 16 == 0;
   }
   fits &= box[0] * map->element_bytes <= (swizzle == CU_TENSOR_MAP_SWIZZLE_128B ? 128u : 64u);
-  // Of a map for tokens that lie apart (launch.h), the last axis has the pool's size, else the second.
-  map->extent = std::max(sizes[1] * strides[0], sizes[4] * strides[3]);
+  // Of a map for tokens that lie apart (launch.h), the last axis has the pool's size, of one of q the third, else the
+  // second.
+  map->extent = std::max({sizes[1] * strides[0], sizes[2] * strides[1], sizes[4] * strides[3]});
   return fits ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
