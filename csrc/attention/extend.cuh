@@ -65,6 +65,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   if (threadIdx.x == 0) {
     const Header& h = *p.work.header;
     s.total = (h.converted != 0) == p.converted ? min(max(h.items, 0), p.work.item_capacity) : 0;
+    s.paired = min(max(h.paired, 0), s.total);
+    s.limit = min(s.paired + max(h.pairs, 0), s.total);
   }
   __syncthreads();
   ptx::grid_dependency_launch();
@@ -116,15 +118,18 @@ template <typename Cache, int kHeadDim>
 void launch(const Params& p, int ctas, cudaStream_t stream) {
   constexpr bool kE4m3 = std::is_same_v<Cache, E4m3>;
   const bool scaled = kE4m3 || p.cache.k != nullptr || p.cache.v != nullptr || p.cache.v_host != 1.f;
-  const bool masks = p.windowed || p.custom_mask != nullptr;
+  constexpr bool kMasksAlone = kE4m3 && kHeadDim == 256;  // the kernel without masks would spill
+  const bool masks = kMasksAlone || p.windowed || p.custom_mask != nullptr;
   if (p.logit_cap > 0.f || (masks && scaled != kE4m3)) {
     launch_kernel<Traits<Cache, kHeadDim, true, true, true>>(p, ctas, stream);
   } else if (masks) {
     launch_kernel<Traits<Cache, kHeadDim, true, false, kE4m3>>(p, ctas, stream);
-  } else if (scaled) {
-    launch_kernel<Traits<Cache, kHeadDim, false, false, true>>(p, ctas, stream);
-  } else {
-    launch_kernel<Traits<Cache, kHeadDim, false, false, kE4m3>>(p, ctas, stream);
+  } else if constexpr (!kMasksAlone) {
+    if (scaled) {
+      launch_kernel<Traits<Cache, kHeadDim, false, false, true>>(p, ctas, stream);
+    } else {
+      launch_kernel<Traits<Cache, kHeadDim, false, false, kE4m3>>(p, ctas, stream);
+    }
   }
 }
 

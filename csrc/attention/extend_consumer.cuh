@@ -189,7 +189,7 @@ __device__ __forceinline__ void store_partial(const Params& p, const Item& item,
 __device__ __forceinline__ void sync_warpgroup() { ptx::barrier_sync(1 + warpgroup_id(), 128); }
 
 // The warpgroup that finishes a tile's last chunk adds up all of them, in the order of the chunks whoever it is:
-// out = sum w_i O_i / (sum w_i + sink), w_i = exp2(lse2_i - max). A warp takes a row at a time.
+// out = sum w_i O_i / (sum w_i + sink), w_i = exp2(lse2_i - max). A warp takes several rows at a time.
 template <class C>
 __device__ __forceinline__ void merge_chunks(const Params& p, SharedStorage<C>& s, const Item& item) {
   using T = typename C::T;
@@ -206,43 +206,45 @@ __device__ __forceinline__ void merge_chunks(const Params& p, SharedStorage<C>& 
   sync_warpgroup();
   const bool last = s.last_arriver[part];
   sync_warpgroup();  // before the next item's
-  if (!last) return;
-  constexpr int kPer = C::kHeadDim / 32;
-  const int lane = ptx::thread_id() % 32, warp = ptx::thread_id() / 32 % 4;
+  if (!last || part * 64 >= item.q_rows) return;
+  constexpr int kLanes = 8, kPer = C::kHeadDim / kLanes;  // of a row; floats of a lane, in fours
+  const int lane = ptx::thread_id() % kLanes, first = part * 64 + ptx::thread_id() % 128 / kLanes;
 #pragma unroll 1
-  for (int i = warp; i < 64; i += 4) {
-    const int row = part * 64 + i;
-    const Token* token = token_of(p, item, row);
-    if (token == nullptr) break;
+  for (int i = 0; i < 64; i += 128 / kLanes) {  // the same for all lanes, so that the compiler takes the warp for one
+    const int row = min(first + i, item.q_rows - 1), q_row = item.q_row + row, token = token_at(p, q_row);
+    const int head = item.kv_head * p.ratio + q_row - token * p.ratio;
     const int64_t at = static_cast<int64_t>(item.partial) * C::kRows + row;
     float best = -INFINITY;
-    for (int c = lane; c < chunks; c += 32)
-      best = fmaxf(best, __ldcg(p.work.partial_lse2 + at + int64_t{c} * C::kRows));
+    for (int c = 0; c < chunks; c += kLanes)
+      best = fmaxf(best, __ldcg(p.work.partial_lse2 + at + int64_t{min(c + lane, chunks - 1)} * C::kRows));
 #pragma unroll
-    for (int d = 16; d > 0; d /= 2) best = fmaxf(best, __shfl_xor_sync(~0u, best, d));
-    const int head = item.kv_head * p.ratio + (item.q_row + row) % p.ratio;
-    float total = 0.f, out[kPer] = {};
-    if (best > -INFINITY) {
+    for (int d = kLanes / 2; d > 0; d /= 2) best = fmaxf(best, __shfl_xor_sync(~0u, best, d));
+    const float shift = best == -INFINITY ? 0.f : best;
+    float total = p.sinks != nullptr ? ptx::exp2_approx(p.sinks[head] * decode::kLog2e - shift) : 0.f;
+    float out[kPer] = {};
 #pragma unroll 2
-      for (int c = 0; c < chunks; ++c) {
-        const int64_t from = at + int64_t{c} * C::kRows;
-        const float w = ptx::exp2_approx(__ldcg(p.work.partial_lse2 + from) - best);
-        total += w;
+    for (int c = 0; c < chunks; ++c) {
+      const int64_t from = at + int64_t{c} * C::kRows;
+      const float w = ptx::exp2_approx(__ldcg(p.work.partial_lse2 + from) - shift);
+      total += w;
 #pragma unroll
-        for (int k = 0; k < kPer; k += 2) {
-          const float2 x =
-              __ldcg(reinterpret_cast<const float2*>(p.work.partial_out + from * C::kHeadDim) + k * 16 + lane);
-          out[k] = fmaf(w, x.x, out[k]);
-          out[k + 1] = fmaf(w, x.y, out[k + 1]);
-        }
+      for (int k = 0; k < kPer; k += 4) {
+        const float4 x =
+            __ldcg(reinterpret_cast<const float4*>(p.work.partial_out + from * C::kHeadDim) + k / 4 * kLanes + lane);
+        out[k] = fmaf(w, x.x, out[k]);
+        out[k + 1] = fmaf(w, x.y, out[k + 1]);
+        out[k + 2] = fmaf(w, x.z, out[k + 2]);
+        out[k + 3] = fmaf(w, x.w, out[k + 3]);
       }
-      if (p.sinks != nullptr) total += ptx::exp2_approx(p.sinks[head] * decode::kLog2e - best);
     }
-    const float inverse = total > 0.f ? 1.f / total : 0.f;
-    T* dst = static_cast<T*>(p.out) + __ldg(&token->index) * p.out_row_stride + head * C::kHeadDim;
+    const float inverse = best > -INFINITY ? 1.f / total : 0.f;
+    T* dst = static_cast<T*>(p.out) + __ldg(&p.work.tokens[token].index) * p.out_row_stride + head * C::kHeadDim;
 #pragma unroll
-    for (int k = 0; k < kPer; k += 2)
-      reinterpret_cast<uint32_t*>(dst)[k * 16 + lane] = decode::round_out<C>(p, out[k] * inverse, out[k + 1] * inverse);
+    for (int k = 0; k < kPer; k += 4) {
+      const uint2 x = make_uint2(decode::round_out<C>(p, out[k] * inverse, out[k + 1] * inverse),
+                                 decode::round_out<C>(p, out[k + 2] * inverse, out[k + 3] * inverse));
+      if (first + i < item.q_rows) reinterpret_cast<uint2*>(dst)[k / 4 * kLanes + lane] = x;
+    }
   }
 }
 
@@ -346,7 +348,8 @@ template <class C>
 __device__ __forceinline__ void mask_and_cap(const Params& p, const Item& item, const Tile& tile, uint32_t flags,
                                              float (&scores)[C::kTile / 2], const Rows& rows,
                                              const ItemScales<C>& scales) {
-  if constexpr (C::kCap) decode::cap_scores<C::kTile, C::kConverts ? 8 : C::kTile / 2>(scales.of(p), scores);
+  if constexpr (C::kCap)
+    decode::cap_scores<C::kTile, C::kConverts || C::kWarpgroups == 3 ? 8 : C::kTile / 2>(scales.of(p), scores);
   if (flags & kMasked) hide<C>(p, item, tile, scores, rows);
 }
 

@@ -80,6 +80,9 @@ __device__ __forceinline__ void load(const Params& p, const TensorMaps& maps, Sh
                                      int lane) {
   // Where the tiles go: to the converter, or to the consumers.
   constexpr int kBuffers = C::kConverts ? C::kCachedBuffers : C::kBuffers;
+  // One loader brings a box. The others have nothing to do with its buffer, where there are buffers for all tiles that
+  // one loader may be ahead of another: it cannot have come to another round. 4 % at d 64, but d 128 is 1 % slower.
+  constexpr bool kAlone = C::kHeadDim != 128 && kBuffers >= 2 * kPlanned;
   uint32_t buffers, all_full, all_empty;
   if constexpr (C::kConverts) {
     buffers = ptx::smem_address(s.cached.buffers[0]);
@@ -102,19 +105,20 @@ __device__ __forceinline__ void load(const Params& p, const TensorMaps& maps, Sh
 #pragma unroll 1
     for (int kv = 0; kv < 2; ++kv) {  // one copy of the code: registers are short here
       const uint32_t full = all_full + ring.slot() * 8, dst = buffers + ring.slot() * C::Cached::kBufferBytes;
-      ptx::mbarrier_wait(all_empty + ring.slot() * 8, ring.phase() ^ 1);
+      const bool mine = !kAlone || loader == kv;
+      if (mine || tile.first < 0 || (flags & kEnd)) ptx::mbarrier_wait(all_empty + ring.slot() * 8, ring.phase() ^ 1);
       if (flags & kEnd) {  // wakes the consumers
         if (lane == 0) ptx::mbarrier_arrive(full, 33);
         return;
       }
       const CUtensorMap* map = kv == 0 ? maps.k : maps.v;
       if (tile.first >= 0) {
-        if (lane == 0) {
+        if (mine && lane == 0) {
           if (loader == kv) {
             ptx::mbarrier_expect_tx(full, C::Cached::kBufferBytes);
             ptx::tma_load_5d(dst, map + (flags & kGathered ? 2 : 1), full, kKeepInL2, 0, tile.first, 0, 0, kv_head);
           }
-          ptx::mbarrier_arrive(full, 33);
+          ptx::mbarrier_arrive(full, kAlone ? kFullArrivals : 33);
         }
       } else {
         load_groups<C>(p, s.slots[planned.slot()], tile.boxes, dst, full, map, kv == 0 ? p.k : p.v, kv_head, loader,

@@ -23,7 +23,7 @@ constexpr int kMaxWarpgroups = 3;
 // A converter takes the threads of one of them. `e4m3`: what the kernel reads is converted tile by tile.
 constexpr int tile_rows(int64_t head_dim, bool e4m3) { return head_dim == 64 && !e4m3 ? 192 : 128; }
 // KV tokens of a tile.
-constexpr int tile_tokens(int64_t head_dim) { return head_dim == 256 ? 64 : head_dim == 128 ? 128 : 96; }
+constexpr int tile_tokens(int64_t head_dim) { return head_dim == 256 ? 64 : 128; }
 
 // Consecutive positions that q_rows of one tile read, through `entry` of the page table. 32 bytes.
 struct Piece {
@@ -70,7 +70,10 @@ struct Header {
   int overflow;         // 1: there was no room for all items; wrong tables or capacities
   int gathers, gathered_slots;
   int converted;  // 1: all of an e4m3 cache is gathered, for the kernel of q's dtype; 0: the cache's own kernel serves
-  int pad[9];
+  // Who takes one of the `pairs` items from `paired` on goes on with the item `pairs` behind it, if there is one, and
+  // then ends. These are nobody else's.
+  int paired, pairs;
+  int pad[7];
 };
 
 // Offsets in bytes into the workspace. All 256-aligned.

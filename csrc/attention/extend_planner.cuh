@@ -6,8 +6,16 @@ namespace flashcore::extend {
 
 // The first item of a CTA is fixed; others are claimed two ahead, so that neither the counter nor the item's own words
 // are waited for. Items come longest first, so what is claimed early at the end is short.
-__device__ __forceinline__ int claim(const Params& p, int lane) {
+// One of a pair is followed by the other one.
+template <class C>
+__device__ __forceinline__ int claim(const Params& p, const SharedStorage<C>& s, int item, int lane) {
+  if (item >= s.paired) return item + s.limit - s.paired;
   return lane == 0 ? static_cast<int>(gridDim.x) + atomicAdd(&p.work.header->taken, 1) : 0;
+}
+// What was claimed as the next of `item`, or the end.
+template <class C>
+__device__ __forceinline__ int claimed_by(const SharedStorage<C>& s, int item, int claimed) {
+  return claimed < (item < s.paired ? s.limit : s.total) ? claimed : s.total;
 }
 
 __device__ __forceinline__ int load_word(const Params& p, int item, int total, int lane) {
@@ -69,19 +77,25 @@ __device__ __forceinline__ void plan_tile(const Params& p, SharedStorage<C>& s, 
                                           bool last, int lane) {
   ptx::mbarrier_wait(ptx::smem_address(&s.loaded[ring.slot()]), ring.phase() ^ 1);
   const int page_mask = (1 << p.page_shift) - 1, offset = piece.begin & page_mask;
-  int start = 0;
+  int slots[C::kTile / 32], start = 0;
   bool consecutive = true;
-  uint32_t boxes = 0;
 #pragma unroll
   for (int k = 0; k < C::kTile / 32; ++k) {
     const int t = token + k * 32 + lane;
     const uint32_t in_pool = (static_cast<uint32_t>(pages.of[k]) << p.page_shift) + ((offset + t) & page_mask);
     const bool valid = pages.of[k] >= 0 && pages.of[k] <= (p.num_slots - 1) >> p.page_shift &&
                        in_pool < static_cast<uint32_t>(p.num_slots);
-    const int slot = t >= piece.loaded ? -1 : valid ? static_cast<int>(in_pool) : p.num_slots - 1;
-    if (k == 0) start = __shfl_sync(~0u, slot, 0);
-    consecutive = consecutive && slot >= 0 && slot == start + k * 32 + lane;
-    const int leader = __shfl_sync(~0u, slot, lane & ~7);
+    slots[k] = t >= piece.loaded ? -1 : valid ? static_cast<int>(in_pool) : p.num_slots - 1;
+    if (k == 0) start = __shfl_sync(~0u, slots[0], 0);
+    consecutive = consecutive && slots[k] >= 0 && slots[k] == start + k * 32 + lane;
+  }
+  // Behind the end of gathered tokens lie zeros.
+  if (piece.gathered > 0) start = piece.gathered - 1 + token;
+  consecutive = __all_sync(~0u, consecutive || piece.gathered > 0);
+  uint32_t boxes = 0;
+#pragma unroll
+  for (int k = 0; k < C::kTile / 32 && !consecutive; ++k) {
+    const int slot = slots[k], leader = __shfl_sync(~0u, slot, lane & ~7);
     // Groups past the end are boxes past the end of the pool, which TMA fills with zeros.
     const uint32_t good = __ballot_sync(~0u, leader < 0 || (slot >= 0 && slot == leader + (lane & 7)));
 #pragma unroll
@@ -91,9 +105,6 @@ __device__ __forceinline__ void plan_tile(const Params& p, SharedStorage<C>& s, 
                                           : slot < 0 ? kNoToken
                                                      : slot * p.kv_slot_units;
   }
-  // Behind the end of gathered tokens lie zeros.
-  if (piece.gathered > 0) start = piece.gathered - 1 + token;
-  consecutive = __all_sync(~0u, consecutive || piece.gathered > 0);
   if (lane == 0) {
     const bool masked = token < piece.from || token + C::kTile > piece.full;
     const uint32_t valid = min(max(piece.tokens - token, 0), C::kTile);
@@ -139,12 +150,14 @@ __device__ __forceinline__ void plan(const Params& p, SharedStorage<C>& s, int l
   Ring<kPlanned> ring;
   int tile = 0, slot = 0;  // positions in the rings of tiles and items
   const int total = s.total;
-  int item = blockIdx.x, claimed = claim(p, lane), word = load_word(p, item, total, lane);
+  int item = blockIdx.x < s.limit ? static_cast<int>(blockIdx.x) : total;
+  int claimed = claim<C>(p, s, item, lane), word = load_word(p, item, total, lane);
   int q_at = item < total ? q_box<C>(p, word, lane) : 0;
   while (item < total) {
     if (lane < 16) reinterpret_cast<int*>(&s.items[slot])[lane] = lane == 3 ? q_at : word;
-    const int upcoming = __shfl_sync(~0u, claimed, 0), next_word = load_word(p, upcoming, total, lane);
-    if (upcoming < total) claimed = claim(p, lane);
+    const int upcoming = claimed_by<C>(s, item, __shfl_sync(~0u, claimed, 0));
+    const int next_word = load_word(p, upcoming, total, lane);
+    if (upcoming < total) claimed = claim<C>(p, s, upcoming, lane);
     Piece piece = piece_of(word, 8);
     int skip = __shfl_sync(~0u, word, 3), left = __shfl_sync(~0u, word, 4), more = __shfl_sync(~0u, word, 7);
     bool first = true;

@@ -10,6 +10,8 @@
 // 5. Chunks, if there are too few tiles to occupy all CTAs; the number of chunks with the shortest estimated time wins.
 // 6. Order. (tile, KV head) units whose K and V fit in the L2 together are neighbours, among them the longest first, so
 //    that causal work ends evenly. By counting sort; the order within a bucket may differ between runs, results do not.
+// 7. Tail. Units that are left over of whole rounds of the CTAs, and long, are laid end to end and cut into a range for
+//    each CTA: chunks again, one of a unit or two of neighbours.
 #include "attention/extend_params.h"
 #include "attention/launch.h"
 #include "common/block_scan.cuh"
@@ -27,6 +29,7 @@ constexpr int kGatherRun = 64;          // mean tokens of a run; longer ones are
 constexpr int64_t kL2Bytes = 16 << 20;  // K and V that stay in the L2 while they are read: each half of it keeps a copy
 constexpr int kCandidates = 8, kMinChunkTiles = 4;
 constexpr float kItemTiles = 1.5f, kChunkTiles = 2.f;  // what an item, and a partial result, cost besides: in KV tiles
+constexpr int kTailGain = 5;                           // KV tiles that a tail has to save: more than it costs
 
 struct Shared {
   int q_begin[kThreads + 1];  // by position in row_order: packed tokens before
@@ -46,6 +49,9 @@ struct Shared {
   unsigned long long gain;  // of converting; signed
   int pieces, partials, overflow, longest, items[kCandidates], large[kCandidates], longest_chunk[kCandidates];
   unsigned long long load;
+  int tail_bucket, tail_unit;  // the tail: units of later buckets, and of this one from this unit on
+  int tail_count, tail_longest;
+  int tail[kThreads], tail_begin[kThreads];  // units; KV tiles before
 };
 
 __device__ __forceinline__ int read_int(const void* p, bool is_64bit, int i) {
@@ -470,9 +476,90 @@ __device__ __forceinline__ int bucket_of(const ScheduleParams& p, const Shared& 
   return at * kLengths + kLengths - 1 - static_cast<int>(int64_t{size} * (kLengths - 1) / longest);
 }
 
-__device__ __forceinline__ void write_item(const Item& from, Item* to) {
+__device__ __forceinline__ void write_item(const ScheduleParams& p, const Item& item, int at) {
+  if (at >= p.work.item_capacity) return;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) reinterpret_cast<int4*>(to)[i] = reinterpret_cast<const int4*>(&from)[i];
+  for (int i = 0; i < 4; ++i) reinterpret_cast<int4*>(p.work.items + at)[i] = reinterpret_cast<const int4*>(&item)[i];
+}
+
+__device__ __forceinline__ void clear_counters(const ScheduleParams& p, int partial) {
+  for (int w = 0; w < kMaxWarpgroups; ++w) p.work.counters[kMaxWarpgroups * partial + w] = 0;
+}
+
+__device__ __forceinline__ bool in_tail(const Shared& s, int bucket, int unit) {
+  return bucket > s.tail_bucket || (bucket == s.tail_bucket && unit >= s.tail_unit);
+}
+
+// Finds the tail of `units` that are not cut: which those are must not depend on the order within a bucket, as results
+// depend on where they are cut. `bucket_of_unit` is the sort's, whose histogram holds the units before each bucket.
+// Returns the KV tiles of a range; 0: there is no tail.
+template <class BucketOf>
+__device__ __forceinline__ int choose_tail(const ScheduleParams& p, Shared& s, int units, BucketOf bucket_of_unit) {
+  const int tid = threadIdx.x, whole = units / p.ctas * p.ctas, count = units - whole;
+  if (count == 0 || p.ctas > kThreads || count + p.ctas > p.work.partial_capacity) return 0;
+  const int bucket = last_at_most(s.histogram, kBuckets - 1, whole);
+  if ((kLengths - bucket % kLengths) * s.longest <= kTailGain * (kLengths - 1)) return 0;  // its units are short
+  int left = (bucket + 1 < kBuckets ? s.histogram[bucket + 1] : units) - whole;
+  if (tid == 0) {
+    s.tail_bucket = bucket;
+    s.tail_count = s.tail_longest = 0;
+  }
+  for (int end = units; left > 0; end -= kThreads) {  // from behind
+    const int unit = end - 1 - tid;
+    const bool here = unit >= 0 && bucket_of_unit(unit) == bucket;
+    int found;
+    if (block_scan<kWarps>(here ? 1 : 0, s.scratch, found) == left - 1 && here) s.tail_unit = unit;
+    left -= found;
+  }
+  __syncthreads();
+  for (int unit = tid; unit < units; unit += kThreads) {
+    if (in_tail(s, bucket_of_unit(unit), unit)) s.tail[atomicAdd(&s.tail_count, 1)] = unit;
+  }
+  __syncthreads();
+  const int unit = tid < count ? s.tail[tid] : 0;
+  int rank = 0, tiles;
+  for (int i = 0; i < count; ++i) rank += s.tail[i] < unit ? 1 : 0;
+  __syncthreads();
+  if (tid < count) s.tail[rank] = unit;
+  __syncthreads();
+  const int size = tid < count ? p.work.tiles[s.tail[tid] / p.kv_heads].num_tiles : 0;
+  s.tail_begin[tid] = block_scan<kWarps>(size, s.scratch, tiles);
+  atomicMax(&s.tail_longest, size);
+  const int range = max(ceil_div(tiles, p.ctas), kMinChunkTiles);
+  // A shorter unit could lie in one range with both its neighbours.
+  const bool even = __syncthreads_or(tid < count && size < range) == 0;
+  return even && s.tail_longest - range >= kTailGain ? range : 0;
+}
+
+// The KV tiles [from, to) of the tail, of its unit i.
+__device__ __forceinline__ void write_part(const ScheduleParams& p, const Shared& s, int i, int from, int to, int range,
+                                           int at) {
+  Item item = p.work.tiles[s.tail[i] / p.kv_heads];
+  const int begin = s.tail_begin[i], first = begin / range, chunks = ceil_div(s.tail_begin[i + 1], range) - first;
+  item.kv_head = s.tail[i] % p.kv_heads;
+  item.first_tile = from - begin;
+  item.num_tiles = to - from;
+  item.chunk = (from / range - first) | chunks << 16;
+  if (chunks > 1) {
+    item.partial = i + first;  // units and ends of ranges before: no less than parts
+    if (from == begin) clear_counters(p, item.partial);
+  }
+  write_item(p, item, at);
+}
+
+// Writes the tail's ranges behind the `whole` units: those with two parts first, and the second parts behind them all.
+// Returns how many there are.
+__device__ __forceinline__ int2 write_tail(const ScheduleParams& p, Shared& s, int whole, int count, int range) {
+  const int r = threadIdx.x, tiles = s.tail_begin[count], ranges = ceil_div(tiles, range);
+  const int from = r * range, to = min(from + range, tiles);
+  const int i = r < ranges ? last_at_most(s.tail_begin, count - 1, from) : 0, end = s.tail_begin[i + 1];
+  const bool two = r < ranges && to > end;
+  int seconds;
+  const int before = block_scan<kWarps>(two ? 1 : 0, s.scratch, seconds);
+  const int at = whole + (two ? before : seconds + r - before);
+  if (r < ranges) write_part(p, s, i, from, min(to, end), range, at);
+  if (two) write_part(p, s, i + 1, end, to, range, at + ranges);
+  return make_int2(ranges, seconds);
 }
 
 __global__ void __launch_bounds__(kThreads) schedule_kernel(const __grid_constant__ ScheduleParams p) {
@@ -503,11 +590,13 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(const __grid_constan
   const int64_t part = max(kL2Bytes / (4 * p.head_dim), all_kv / kParts + 1);
   const int longest = min(s.longest, most);
 
-  for (int u = tid; u < units; u += kThreads) {
+  auto bucket_of_unit = [&](int u) {
     const Item& item = p.work.tiles[u / p.kv_heads];
-    const int chunks = chunks_of(item, most), size = ceil_div(item.num_tiles, chunks);
-    atomicAdd(&s.histogram[bucket_of(p, s, item, u % p.kv_heads, size, longest, part)], chunks);
-  }
+    const int size = ceil_div(item.num_tiles, chunks_of(item, most));
+    return bucket_of(p, s, item, u % p.kv_heads, size, longest, part);
+  };
+  for (int u = tid; u < units; u += kThreads)
+    atomicAdd(&s.histogram[bucket_of_unit(u)], chunks_of(p.work.tiles[u / p.kv_heads], most));
   __syncthreads();
   constexpr int kPer = kBuckets / kThreads;
   int counts[kPer], sum = 0, total;
@@ -520,26 +609,37 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(const __grid_constan
     before += counts[i];
   }
   __syncthreads();
+  const int range = total == units ? choose_tail(p, s, units, bucket_of_unit) : 0;
+  int paired = total;
+  int2 tail = make_int2(0, 0);
+  if (range > 0) {
+    paired = units / p.ctas * p.ctas;
+    tail = write_tail(p, s, paired, units - paired, range);
+  }
   for (int u = tid; u < units; u += kThreads) {
     Item item = p.work.tiles[u / p.kv_heads];
-    const int head = u % p.kv_heads, chunks = chunks_of(item, most), size = ceil_div(item.num_tiles, chunks);
-    const int at = atomicAdd(&s.histogram[bucket_of(p, s, item, head, size, longest, part)], chunks);
-    item.kv_head = head;
+    const int bucket = bucket_of_unit(u), chunks = chunks_of(item, most), size = ceil_div(item.num_tiles, chunks);
+    if (range > 0 && in_tail(s, bucket, u)) continue;
+    const int at = atomicAdd(&s.histogram[bucket], chunks);
+    item.kv_head = u % p.kv_heads;
     if (chunks > 1) {
       item.partial = atomicAdd(&s.partials, chunks);
-      for (int w = 0; w < kMaxWarpgroups; ++w) p.work.counters[kMaxWarpgroups * item.partial + w] = 0;
+      clear_counters(p, item.partial);
     }
     const int all = item.num_tiles;
     for (int c = 0; c < chunks; ++c) {
       item.chunk = c | chunks << 16;
       item.first_tile = c * size;
       item.num_tiles = min(size, all - c * size);
-      if (at + c < p.work.item_capacity) write_item(item, p.work.items + at + c);
+      write_item(p, item, at + c);
     }
   }
   if (tid == 0) {
     Header& h = *p.work.header;
+    total = paired + tail.x + tail.y;
     h.items = total;
+    h.paired = paired;
+    h.pairs = tail.x;
     h.taken = h.finished = 0;
     h.overflow = s.overflow || total > p.work.item_capacity;
   }

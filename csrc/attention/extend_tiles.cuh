@@ -29,7 +29,7 @@ struct Traits {
                 kLaunchRegisters * kThreads);
   static constexpr int kTile = tile_tokens(kHeadDim);  // tokens of a buffer
   // K, V, K, V, ...; with a converter there are as many tiles in what comes before it, at half the bytes a token.
-  static constexpr int kBuffers = kConverts ? (kHeadDim == 64 ? 8 : 4) : kHeadDim == 64 ? 14 : 5;
+  static constexpr int kBuffers = kConverts ? (kHeadDim == 64 ? 8 : 4) : kHeadDim == 64 ? 10 : 5;
   static constexpr int kCachedBuffers = kConverts ? (kHeadDim == 256 ? 2 : kBuffers) : 0;
   static constexpr int kPvColumns = kConverts && kHeadDim == 256 ? 128 : kHeadDim;  // as in decode's traits
   // With a converter q comes into registers, where there are enough of them, and is converted there. Else it stays in
@@ -37,7 +37,7 @@ struct Traits {
   static constexpr bool kQInRegisters = kConverts && kHeadDim <= 128;
   static constexpr int kQBuffers = kConverts || kHeadDim == 256 ? 1 : 2;
   // Of a thread's rows, in out. Else there are no registers left for them, and they are asked for again at the end.
-  static constexpr bool kKeepsIndices = kHeadDim <= 128 && !(kConverts && kMasks);
+  static constexpr bool kKeepsIndices = kHeadDim <= 128 && !((kConverts || (kWarpgroups == 3 && kCap)) && kMasks);
   static constexpr bool kTurns = kWarpgroups == 2 && !kConverts;  // of the warpgroups at the tensor cores
   static constexpr int kRowBytes = kHeadDim * 2;
   static constexpr int kGroupBytes = 8 * kRowBytes;  // 8 tokens (or q_rows)
@@ -69,8 +69,8 @@ struct Tile {
 constexpr int kFlagShift = 24;
 constexpr uint32_t kFirst = 1, kMasked = 1, kLast = 2, kEnd = 4, kScattered = 8, kGathered = 16;
 
-// Slots of tiles between the planner and the loaders. Every loader waits for every buffer and every slot list, so none
-// can be a round of a ring behind the others.
+// Slots of tiles between the planner and the loaders. Every loader waits for every slot list, so none is further than
+// these tiles ahead of another or behind it.
 constexpr int kPlanned = 2;
 constexpr uint32_t kNoToken = ~0u;
 // No barrier guards these two rings: the planner is at most kPlanned tiles ahead of the loaders, they at most half of
@@ -98,7 +98,8 @@ struct SharedStorage {
   Item items[kItems];
   Load loads[kPlanned];
   Tile tiles[kTiles];
-  int total, last_arriver[C::kWarpgroups];
+  int total, paired, limit;  // items; the first and the end of those that a second one belongs to (Header)
+  int last_arriver[C::kWarpgroups];
   alignas(8) uint64_t full[C::kBuffers], empty[C::kBuffers], q_full[C::kQBuffers], q_empty[C::kQBuffers],
       planned[kPlanned], loaded[kPlanned];
   [[no_unique_address]] std::conditional_t<C::kConverts, CachedBarriers<C>, decode::None> cached_barriers;

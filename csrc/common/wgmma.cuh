@@ -61,35 +61,6 @@ __device__ __forceinline__ void wgmma_touch(float (&d)[kCount]) {
       : FC_D32(0)                                                 \
       : "l"(a), "l"(b), "r"(accumulate), "n"(kTransposeB))
 
-#define FC_WGMMA_RS_96(TYPE)                                      \
-  asm volatile(                                                   \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %53, 0;\n"                \
-      "wgmma.mma_async.sync.aligned.m64n96k16.f32." TYPE "." TYPE \
-      " "                                                         \
-      "{%0, %1, %2, %3, %4, %5, %6, %7, "                         \
-      "%8, %9, %10, %11, %12, %13, %14, %15, "                    \
-      "%16, %17, %18, %19, %20, %21, %22, %23, "                  \
-      "%24, %25, %26, %27, %28, %29, %30, %31, "                  \
-      "%32, %33, %34, %35, %36, %37, %38, %39, "                  \
-      "%40, %41, %42, %43, %44, %45, %46, %47}, "                 \
-      "{%48, %49, %50, %51}, %52, p, 1, 1, %54;\n}"               \
-      : FC_D32(0), FC_D8(32), FC_D8(40)                           \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(kTransposeB))
-#define FC_WGMMA_SS_96(TYPE)                                      \
-  asm volatile(                                                   \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %50, 0;\n"                \
-      "wgmma.mma_async.sync.aligned.m64n96k16.f32." TYPE "." TYPE \
-      " "                                                         \
-      "{%0, %1, %2, %3, %4, %5, %6, %7, "                         \
-      "%8, %9, %10, %11, %12, %13, %14, %15, "                    \
-      "%16, %17, %18, %19, %20, %21, %22, %23, "                  \
-      "%24, %25, %26, %27, %28, %29, %30, %31, "                  \
-      "%32, %33, %34, %35, %36, %37, %38, %39, "                  \
-      "%40, %41, %42, %43, %44, %45, %46, %47}, "                 \
-      "%48, %49, p, 1, 1, 0, %51;\n}"                             \
-      : FC_D32(0), FC_D8(32), FC_D8(40)                           \
-      : "l"(a), "l"(b), "r"(accumulate), "n"(kTransposeB))
-
 #define FC_WGMMA_RS_128(TYPE)                                      \
   asm volatile(                                                    \
       "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"                 \
@@ -151,12 +122,10 @@ __device__ __forceinline__ void wgmma_touch(float (&d)[kCount]) {
 // A in registers.
 template <typename T, int N, int kTransposeB>
 __device__ __forceinline__ void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int accumulate) {
-  static_assert(N == 64 || N == 96 || N == 128 || N == 256);
+  static_assert(N == 64 || N == 128 || N == 256);
   constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
   if constexpr (N == 64 && kBf16) FC_WGMMA_RS_64("bf16");
   if constexpr (N == 64 && !kBf16) FC_WGMMA_RS_64("f16");
-  if constexpr (N == 96 && kBf16) FC_WGMMA_RS_96("bf16");
-  if constexpr (N == 96 && !kBf16) FC_WGMMA_RS_96("f16");
   if constexpr (N == 128 && kBf16) FC_WGMMA_RS_128("bf16");
   if constexpr (N == 128 && !kBf16) FC_WGMMA_RS_128("f16");
   if constexpr (N == 256 && kBf16) FC_WGMMA_RS_256("bf16");
@@ -166,12 +135,10 @@ __device__ __forceinline__ void wgmma(float (&d)[N / 2], const uint32_t (&a)[4],
 // A in shared memory, K-major.
 template <typename T, int N, int kTransposeB>
 __device__ __forceinline__ void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {
-  static_assert(N == 64 || N == 96 || N == 128);
+  static_assert(N == 64 || N == 128);
   constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
   if constexpr (N == 64 && kBf16) FC_WGMMA_SS_64("bf16");
   if constexpr (N == 64 && !kBf16) FC_WGMMA_SS_64("f16");
-  if constexpr (N == 96 && kBf16) FC_WGMMA_SS_96("bf16");
-  if constexpr (N == 96 && !kBf16) FC_WGMMA_SS_96("f16");
   if constexpr (N == 128 && kBf16) FC_WGMMA_SS_128("bf16");
   if constexpr (N == 128 && !kBf16) FC_WGMMA_SS_128("f16");
 }
@@ -179,11 +146,9 @@ __device__ __forceinline__ void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b,
 #undef FC_D8
 #undef FC_D32
 #undef FC_WGMMA_RS_64
-#undef FC_WGMMA_RS_96
 #undef FC_WGMMA_RS_128
 #undef FC_WGMMA_RS_256
 #undef FC_WGMMA_SS_64
-#undef FC_WGMMA_SS_96
 #undef FC_WGMMA_SS_128
 
 }  // namespace flashcore::ptx

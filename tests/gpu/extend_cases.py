@@ -162,6 +162,11 @@ class Extend:
         """That the last plan copies K and V to. Synchronises."""
         return int(self.kernels._workspace[:64].view(torch.int32)[5])
 
+    @property
+    def tail_ranges(self) -> int:
+        """That the last plan cuts what is left over of whole rounds into. Synchronises."""
+        return int(self.kernels._workspace[:64].view(torch.int32)[8])
+
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options) -> torch.Tensor:
         if self.poison:
             partials = PARTIAL_CAPACITY * self.q_rows * (q.shape[2] + 1) * 4  # bytes, the last of the workspace

@@ -58,10 +58,13 @@ class Case:
     logit_cap: float = 0.0
     spread: float = 4.0
     multiprocessors: int = 2
+    tail: bool = False
+    """Whether some tiles are left over and cut into a range for each CTA."""
 
 
 PREFIX = ((256, ((0, 8), (30, 50), (5, 1))), (0, ((200, 150), (0, 60))))
 FEW = ((0, ((2500, 50), (2300, 40))),)
+EVEN = ((0, ((2200, 8), (2100, 30)) * 7),)
 ONES = ((256, ((5, 1),) * 20), (0, ((700, 1), (33, 1))))
 CASES = {
     "one prompt": Case(((0, ((0, 200),)),), 1),
@@ -73,6 +76,10 @@ CASES = {
     "gathered": Case(((320, ((0, 40),) * 5), (0, ((0, 300),))), order="permuted", gather=GATHER_ALWAYS),
     "chunks": Case(FEW, 2, sinks=True, spread=1.0, multiprocessors=3),
     "chunks beside a prompt": Case(((0, ((0, 300), (2500, 70))),), 2, multiprocessors=3),
+    "a tail": Case(EVEN, multiprocessors=3, sinks=True, spread=1.0, tail=True),
+    "a tail of scattered tokens": Case(EVEN, 2, 2, order="permuted", multiprocessors=5, tail=True),
+    "a tail behind a prefix": Case(((1536, ((0, 32),) * 9),), multiprocessors=4, tail=True),
+    "d 64, a tail": Case(EVEN, head_dim=64, multiprocessors=3, tail=True),
     "a window": Case(((0, ((500, 200), (0, 150))),), 2, 2, window_left=100),
     "all visible": Case(PREFIX, visible=Visible.ALL),
     "trees of drafts": Case(((256, ((0, 8),) * 6), (0, ((300, 16),))), order="interleaved", visible=Visible.MASKED),
@@ -180,6 +187,7 @@ def test_extend_is_exact_however_its_warps_interleave(name: str, order: int, asy
     e.plan()
     out = e(*tensors, **options)
     assert (e.gathered_slots > 0) == (case.gather is GATHER_ALWAYS)
+    assert (e.tail_ranges > 0) == case.tail
     if case.e4m3:
         assert_close_to(want, out, case.dtype if e.gathered_slots else FP16)
     else:
