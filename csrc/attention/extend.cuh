@@ -6,7 +6,7 @@
 // come in pieces. A row of many queries has one piece, its positions up to the last query's. Rows of few queries that
 // share a prefix lie in one tile together: the prefix is a piece that all q_rows read, and each row's own tokens are a
 // piece that the others' q_rows are masked from. So no result is ever in parts, except where a tile is cut into chunks
-// because there are too few of them; the last chunk to finish then merges all, in their order.
+// because there are too few of them or a few are left over; the last chunk to finish then merges all, in their order.
 //
 // Grid: one CTA per SM, 384 threads; d 64, or an e4m3 cache: 512.
 //   warp 0           planner: takes items, turns page ids into slots two tiles ahead of the loaders

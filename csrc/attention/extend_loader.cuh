@@ -80,8 +80,8 @@ __device__ __forceinline__ void load(const Params& p, const TensorMaps& maps, Sh
                                      int lane) {
   // Where the tiles go: to the converter, or to the consumers.
   constexpr int kBuffers = C::kConverts ? C::kCachedBuffers : C::kBuffers;
-  // One loader brings a box. The others have nothing to do with its buffer, where there are buffers for all tiles that
-  // one loader may be ahead of another: it cannot have come to another round. 4 % at d 64, but d 128 is 1 % slower.
+  // One loader brings a box, and the others do not wait for its buffer. All have then finished tile t - kPlanned when
+  // one comes to tile t, so with 2 kPlanned buffers none is a round off. 4 % at d 64; d 128 is 1 % slower.
   constexpr bool kAlone = C::kHeadDim != 128 && kBuffers >= 2 * kPlanned;
   uint32_t buffers, all_full, all_empty;
   if constexpr (C::kConverts) {

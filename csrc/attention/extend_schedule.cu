@@ -498,8 +498,9 @@ __device__ __forceinline__ int choose_tail(const ScheduleParams& p, Shared& s, i
   const int tid = threadIdx.x, whole = units / p.ctas * p.ctas, count = units - whole;
   if (count == 0 || p.ctas > kThreads || count + p.ctas > p.work.partial_capacity) return 0;
   const int bucket = last_at_most(s.histogram, kBuckets - 1, whole);
-  if ((kLengths - bucket % kLengths) * s.longest <= kTailGain * (kLengths - 1)) return 0;  // its units are short
   int left = (bucket + 1 < kBuckets ? s.histogram[bucket + 1] : units) - whole;
+  __syncthreads();  // all have read the histogram before it changes
+  if ((kLengths - bucket % kLengths) * s.longest <= kTailGain * (kLengths - 1)) return 0;  // its units are short
   if (tid == 0) {
     s.tail_bucket = bucket;
     s.tail_count = s.tail_longest = 0;
@@ -548,7 +549,7 @@ __device__ __forceinline__ void write_part(const ScheduleParams& p, const Shared
 }
 
 // Writes the tail's ranges behind the `whole` units: those with two parts first, and the second parts behind them all.
-// Returns how many there are.
+// Returns the ranges and the second parts.
 __device__ __forceinline__ int2 write_tail(const ScheduleParams& p, Shared& s, int whole, int count, int range) {
   const int r = threadIdx.x, tiles = s.tail_begin[count], ranges = ceil_div(tiles, range);
   const int from = r * range, to = min(from + range, tiles);

@@ -77,6 +77,7 @@ CASES = {
     "chunks": Case(FEW, 2, sinks=True, spread=1.0, multiprocessors=3),
     "chunks beside a prompt": Case(((0, ((0, 300), (2500, 70))),), 2, multiprocessors=3),
     "a tail": Case(EVEN, multiprocessors=3, sinks=True, spread=1.0, tail=True),
+    "left over, but short": Case(((0, ((4600, 8),) * 2 + ((500, 8),) * 7),), head_dim=64),
     "a tail of scattered tokens": Case(EVEN, 2, 2, order="permuted", multiprocessors=5, tail=True),
     "a tail behind a prefix": Case(((1536, ((0, 32),) * 9),), multiprocessors=4, tail=True),
     "d 64, a tail": Case(EVEN, head_dim=64, multiprocessors=3, tail=True),
