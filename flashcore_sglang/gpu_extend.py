@@ -17,7 +17,7 @@ from flashcore_sglang.device_window import DeviceWindow
 from flashcore_sglang.gpu_decode import Scale, scale_arguments
 
 PARTIAL_CAPACITY = 512
-"""Chunks of tiles that were cut because there are few of them; each is a tile's rows of D floats."""
+"""Chunks of tiles, cut as there are few of them or a few are left over; each is a tile's rows of D floats."""
 MAX_TOKENS = 1 << 20
 """Query tokens of a step: kMaxTokens of csrc/api_extend.cc."""
 MAX_GATHER_SLOTS = 1 << 20

@@ -127,7 +127,7 @@ __device__ __forceinline__ void load(const Params& p, const TensorMaps& maps, Sh
       // After K, so that K is not kept waiting by an item that still needs its q.
       if (kv == 0 && (flags & kFirst)) {
         ptx::mbarrier_wait(ptx::smem_address(&s.q_empty[q_ring.slot()]), q_ring.phase() ^ 1);
-        if (item.first_tile < 0) {
+        if (q_begin(item) < 0) {
           load_q<C>(p, s, q_ring.slot(), item, loader, lane);
         } else {
           // Each says that it has come here: one that is late would else wait for a round that needs itself.
@@ -137,7 +137,7 @@ __device__ __forceinline__ void load(const Params& p, const TensorMaps& maps, Sh
             if (loader == kLoaders - 1) {
               ptx::mbarrier_expect_tx(q_full, C::kWarpgroups * C::kQBytes);
               ptx::tma_load_5d(ptx::smem_address(s.q[q_ring.slot()]), &maps.q, q_full, ptx::kEvictFirst, 0,
-                               kv_head * p.ratio, item.first_tile, 0, 0);
+                               kv_head * p.ratio, q_begin(item), 0, 0);
             }
             ptx::mbarrier_arrive(q_full, 32);
           }

@@ -49,7 +49,7 @@ struct alignas(16) Gather {
 struct alignas(16) Item {
   int q_row, q_rows;  // first, 1 .. tile_rows
   int kv_head;
-  int first_tile, num_tiles;  // of the KV tiles of all pieces. A CTA keeps in place of the first where q begins
+  int first_tile, num_tiles;  // of the KV tiles of all pieces; in shared memory the first is q_begin (extend_tiles.cuh)
   int partial;                // slot of the tile's first chunk; -1: one chunk, which goes to out
   int chunk;                  // chunk | chunks << 16
   int more;                   // pieces after the first: first of them in Workspace::pieces

@@ -154,7 +154,7 @@ __device__ __forceinline__ void plan(const Params& p, SharedStorage<C>& s, int l
   int claimed = claim<C>(p, s, item, lane), word = load_word(p, item, total, lane);
   int q_at = item < total ? q_box<C>(p, word, lane) : 0;
   while (item < total) {
-    if (lane < 16) reinterpret_cast<int*>(&s.items[slot])[lane] = lane == 3 ? q_at : word;
+    if (lane < 16) reinterpret_cast<int*>(&s.items[slot])[lane] = lane == offsetof(Item, first_tile) / 4 ? q_at : word;
     const int upcoming = claimed_by<C>(s, item, __shfl_sync(~0u, claimed, 0));
     const int next_word = load_word(p, upcoming, total, lane);
     if (upcoming < total) claimed = claim<C>(p, s, upcoming, lane);

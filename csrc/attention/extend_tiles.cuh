@@ -49,6 +49,10 @@ struct Traits {
 
 constexpr int kLoaders = 3;  // warps
 
+// Where the q of an item in shared memory begins, if it is one box; else -1 (q_box). It stands where the planner alone
+// needed the first tile.
+__device__ __forceinline__ int q_begin(const Item& item) { return item.first_tile; }
+
 // The packed token of a q_row: q_row / ratio, exact for q_row < 2^32 / (ratio - 1), so for all (api_extend.cc).
 __device__ __forceinline__ int token_at(const Params& p, int q_row) {
   return p.ratio == 1 ? q_row : static_cast<int>(__umulhi(static_cast<uint32_t>(q_row), p.ratio_inverse));

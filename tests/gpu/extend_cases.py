@@ -157,15 +157,19 @@ class Extend:
             self.seq_lens, self.q_lens, self.b.num_tokens, visible=self.visible, window_left=self.window_left
         )
 
+    def _header(self, word: int) -> int:
+        """Of ``Header`` in csrc/attention/extend_params.h. Synchronises."""
+        return int(self.kernels._workspace[:64].view(torch.int32)[word])
+
     @property
     def gathered_slots(self) -> int:
         """That the last plan copies K and V to. Synchronises."""
-        return int(self.kernels._workspace[:64].view(torch.int32)[5])
+        return self._header(5)
 
     @property
     def tail_ranges(self) -> int:
         """That the last plan cuts what is left over of whole rounds into. Synchronises."""
-        return int(self.kernels._workspace[:64].view(torch.int32)[8])
+        return self._header(8)
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options) -> torch.Tensor:
         if self.poison:
