@@ -50,7 +50,7 @@ struct Shared {
   int pieces, partials, overflow, longest, items[kCandidates], large[kCandidates], longest_chunk[kCandidates];
   unsigned long long load;
   int tail_bucket, tail_unit;  // the tail: units of later buckets, and of this one from this unit on
-  int tail_count, tail_longest;
+  int tail_count;
   int tail[kThreads], tail_begin[kThreads];  // units; KV tiles before
 };
 
@@ -490,21 +490,22 @@ __device__ __forceinline__ bool in_tail(const Shared& s, int bucket, int unit) {
   return bucket > s.tail_bucket || (bucket == s.tail_bucket && unit >= s.tail_unit);
 }
 
-// Finds the tail of `units` that are not cut: which those are must not depend on the order within a bucket, as results
-// depend on where they are cut. `bucket_of_unit` is the sort's, whose histogram holds the units before each bucket.
-// Returns the KV tiles of a range; 0: there is no tail.
+// Units left over of whole rounds of the CTAs.
+struct Tail {
+  int whole, count;  // units before it, units of it
+  int range;         // KV tiles that a CTA takes of it; 0: it is not cut
+};
+
+// Finds the units of a tail: which those are must not depend on the order within a bucket, as results depend on where
+// they are cut. `bucket_of_unit` is the sort's, whose histogram holds the units before each bucket. False: they are
+// short.
 template <class BucketOf>
-__device__ __forceinline__ int choose_tail(const ScheduleParams& p, Shared& s, int units, BucketOf bucket_of_unit) {
-  const int tid = threadIdx.x, whole = units / p.ctas * p.ctas, count = units - whole;
-  if (count == 0 || p.ctas > kThreads || count + p.ctas > p.work.partial_capacity) return 0;
-  const int bucket = last_at_most(s.histogram, kBuckets - 1, whole);
-  int left = (bucket + 1 < kBuckets ? s.histogram[bucket + 1] : units) - whole;
+__device__ __forceinline__ bool find_tail(Shared& s, int units, int whole, BucketOf bucket_of_unit) {
+  const int tid = threadIdx.x, bucket = last_at_most(s.histogram, kBuckets - 1, whole);
+  int left = (bucket + 1 < kBuckets ? s.histogram[bucket + 1] : units) - whole;  // of this bucket's units
   __syncthreads();  // all have read the histogram before it changes
-  if ((kLengths - bucket % kLengths) * s.longest <= kTailGain * (kLengths - 1)) return 0;  // its units are short
-  if (tid == 0) {
-    s.tail_bucket = bucket;
-    s.tail_count = s.tail_longest = 0;
-  }
+  if ((kLengths - bucket % kLengths) * s.longest <= kTailGain * (kLengths - 1)) return false;
+  if (tid == 0) s.tail_bucket = bucket;
   for (int end = units; left > 0; end -= kThreads) {  // from behind
     const int unit = end - 1 - tid;
     const bool here = unit >= 0 && bucket_of_unit(unit) == bucket;
@@ -512,24 +513,48 @@ __device__ __forceinline__ int choose_tail(const ScheduleParams& p, Shared& s, i
     if (block_scan<kWarps>(here ? 1 : 0, s.scratch, found) == left - 1 && here) s.tail_unit = unit;
     left -= found;
   }
+  return true;
+}
+
+// Lists them, in their order.
+template <class BucketOf>
+__device__ __forceinline__ void list_tail(Shared& s, int units, int count, BucketOf bucket_of_unit) {
+  const int tid = threadIdx.x;
+  if (tid == 0) s.tail_count = 0;
   __syncthreads();
   for (int unit = tid; unit < units; unit += kThreads) {
     if (in_tail(s, bucket_of_unit(unit), unit)) s.tail[atomicAdd(&s.tail_count, 1)] = unit;
   }
   __syncthreads();
   const int unit = tid < count ? s.tail[tid] : 0;
-  int rank = 0, tiles;
+  int rank = 0;
   for (int i = 0; i < count; ++i) rank += s.tail[i] < unit ? 1 : 0;
   __syncthreads();
   if (tid < count) s.tail[rank] = unit;
   __syncthreads();
-  const int size = tid < count ? p.work.tiles[s.tail[tid] / p.kv_heads].num_tiles : 0;
+}
+
+// KV tiles of a range of the listed units; 0: cutting them gains too little.
+__device__ __forceinline__ int tail_range(const ScheduleParams& p, Shared& s, int count) {
+  const int tid = threadIdx.x, size = tid < count ? p.work.tiles[s.tail[tid] / p.kv_heads].num_tiles : 0;
+  int tiles;
   s.tail_begin[tid] = block_scan<kWarps>(size, s.scratch, tiles);
-  atomicMax(&s.tail_longest, size);
   const int range = max(ceil_div(tiles, p.ctas), kMinChunkTiles);
   // A shorter unit could lie in one range with both its neighbours.
   const bool even = __syncthreads_or(tid < count && size < range) == 0;
-  return even && s.tail_longest - range >= kTailGain ? range : 0;
+  const bool gains = __syncthreads_or(size - range >= kTailGain) != 0;
+  return even && gains ? range : 0;
+}
+
+// The tail of `units` that are not cut.
+template <class BucketOf>
+__device__ __forceinline__ Tail choose_tail(const ScheduleParams& p, Shared& s, int units, BucketOf bucket_of_unit) {
+  Tail t{units / p.ctas * p.ctas, units % p.ctas, 0};
+  if (t.count == 0 || p.ctas > kThreads || t.count + p.ctas > p.work.partial_capacity) return t;
+  if (!find_tail(s, units, t.whole, bucket_of_unit)) return t;
+  list_tail(s, units, t.count, bucket_of_unit);
+  t.range = tail_range(p, s, t.count);
+  return t;
 }
 
 // The KV tiles [from, to) of the tail, of its unit i.
@@ -548,18 +573,18 @@ __device__ __forceinline__ void write_part(const ScheduleParams& p, const Shared
   write_item(p, item, at);
 }
 
-// Writes the tail's ranges behind the `whole` units: those with two parts first, and the second parts behind them all.
+// Writes the tail's ranges behind the whole rounds: those with two parts first, and the second parts behind them all.
 // Returns the ranges and the second parts.
-__device__ __forceinline__ int2 write_tail(const ScheduleParams& p, Shared& s, int whole, int count, int range) {
-  const int r = threadIdx.x, tiles = s.tail_begin[count], ranges = ceil_div(tiles, range);
-  const int from = r * range, to = min(from + range, tiles);
-  const int i = r < ranges ? last_at_most(s.tail_begin, count - 1, from) : 0, end = s.tail_begin[i + 1];
+__device__ __forceinline__ int2 write_tail(const ScheduleParams& p, Shared& s, const Tail& t) {
+  const int r = threadIdx.x, tiles = s.tail_begin[t.count], ranges = ceil_div(tiles, t.range);
+  const int from = r * t.range, to = min(from + t.range, tiles);
+  const int i = r < ranges ? last_at_most(s.tail_begin, t.count - 1, from) : 0, end = s.tail_begin[i + 1];
   const bool two = r < ranges && to > end;
   int seconds;
   const int before = block_scan<kWarps>(two ? 1 : 0, s.scratch, seconds);
-  const int at = whole + (two ? before : seconds + r - before);
-  if (r < ranges) write_part(p, s, i, from, min(to, end), range, at);
-  if (two) write_part(p, s, i + 1, end, to, range, at + ranges);
+  const int at = t.whole + (two ? before : seconds + r - before);
+  if (r < ranges) write_part(p, s, i, from, min(to, end), t.range, at);
+  if (two) write_part(p, s, i + 1, end, to, t.range, at + ranges);
   return make_int2(ranges, seconds);
 }
 
@@ -610,17 +635,14 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(const __grid_constan
     before += counts[i];
   }
   __syncthreads();
-  const int range = total == units ? choose_tail(p, s, units, bucket_of_unit) : 0;
-  int paired = total;
-  int2 tail = make_int2(0, 0);
-  if (range > 0) {
-    paired = units / p.ctas * p.ctas;
-    tail = write_tail(p, s, paired, units - paired, range);
-  }
+  const Tail tail = total == units ? choose_tail(p, s, units, bucket_of_unit) : Tail{};
+  const bool cut = tail.range > 0;
+  const int paired = cut ? tail.whole : total;
+  const int2 parts = cut ? write_tail(p, s, tail) : make_int2(0, 0);
   for (int u = tid; u < units; u += kThreads) {
     Item item = p.work.tiles[u / p.kv_heads];
     const int bucket = bucket_of_unit(u), chunks = chunks_of(item, most), size = ceil_div(item.num_tiles, chunks);
-    if (range > 0 && in_tail(s, bucket, u)) continue;
+    if (cut && in_tail(s, bucket, u)) continue;
     const int at = atomicAdd(&s.histogram[bucket], chunks);
     item.kv_head = u % p.kv_heads;
     if (chunks > 1) {
@@ -637,10 +659,10 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(const __grid_constan
   }
   if (tid == 0) {
     Header& h = *p.work.header;
-    total = paired + tail.x + tail.y;
+    total = paired + parts.x + parts.y;
     h.items = total;
     h.paired = paired;
-    h.pairs = tail.x;
+    h.pairs = parts.x;
     h.taken = h.finished = 0;
     h.overflow = s.overflow || total > p.work.item_capacity;
   }
