@@ -6,11 +6,11 @@
     python scripts/bench_prefill.py --kv-dtype fp8_e4m3 --peers fa3  # FA3 casts q to e4m3 too, as SGLang does
 
 A variant is an order of the pages (runs: a request's are consecutive; permuted) and a page size. Each contender is
-captured in a CUDA graph; rounds are interleaved (ours, peer, ours, peer ...), the L2 is flushed before every replay,
-and the figure of a round is the median of its replays. "ours" is attention plus 1/32 of pager and work list, which run
-once per step for all layers. FA3 is called as SGLang calls it for prefill; "contiguous" is its varlen function on K and
-V without pages. Drafts to verify have a tree's mask, which FA3 is not given, as it takes none. The matrix product is
-8192^3 in bf16, in the same rounds.
+captured in a CUDA graph; rounds are interleaved, each in an order of its own, as the clock under a kernel is what the
+power of those before it has left; the L2 is flushed before every replay, and the figure of a round is the median of its
+replays. "ours" is attention plus 1/32 of pager and work list, which run once per step for all layers. FA3 is called as
+SGLang calls it for prefill; "contiguous" is its varlen function on K and V without pages. Drafts to verify have a
+tree's mask, which FA3 is not given, as it takes none. The matrix product is 8192^3 in bf16, in the same rounds.
 Results go to scripts/results/prefill.json (prefill_fp8_e4m3.json), and a chart beside it if matplotlib is there.
 """
 
@@ -20,6 +20,7 @@ import argparse
 import json
 import math
 import pathlib
+import random
 import statistics
 import sys
 from collections.abc import Callable
@@ -165,9 +166,10 @@ def run_case(name: str, variant: str, args: argparse.Namespace, flush: Callable[
         a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
         contenders["product"] = captured(lambda: a @ a)
     rounds: dict[str, list[float]] = {c: [] for c in contenders}
+    shuffled = random.Random(0)
     for _ in range(args.rounds):
-        for contender, graph in contenders.items():
-            rounds[contender].append(microseconds(graph, flush, args.replays))
+        for contender in shuffled.sample(list(contenders), len(contenders)):
+            rounds[contender].append(microseconds(contenders[contender], flush, args.replays))
     us = {c: statistics.median(t) for c, t in rounds.items()}
     flops = 4 * visible_pairs(b) * HEADS * case.head_dim
     ours = us["attention"] + us["plan"] / LAYERS
@@ -225,7 +227,7 @@ def main() -> None:
     parser.add_argument("--variants", default="", help="order:page_size, ...; default those with a wanted ratio")
     parser.add_argument("--kv-dtype", default="bfloat16", choices=tuple(KV_DTYPES))
     parser.add_argument("--peers", default="fa3,contiguous,flashinfer", help="of fa3, contiguous, flashinfer; none")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--replays", type=int, default=5)
     parser.add_argument("--product", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", default=str(RESULTS))

@@ -16,8 +16,8 @@ prepares the model, compiles the library, starts the server, and prints a reques
   bash scripts/serve.sh --page-size 16 --port 30001        every argument goes to SGLang and wins over ours
   bash scripts/serve.sh --attention-backend torch_native   SGLang's own backend, to compare with
 
-On a Hopper GPU the GPU serves: FA3 prefills and flashcore_sparse decodes, unless --attention-backend is given.
-Elsewhere the CPU does, with: --device cpu --dtype float32 --max-total-tokens 16384 --max-running-requests 16 (with --config FILE, the file decides these and the model).
+On a Hopper GPU the GPU serves, elsewhere the CPU with --device cpu --dtype float32 --max-total-tokens 16384
+--max-running-requests 16. With --config FILE, the file decides these and the model.
 
   FLASHCORE_SGLANG      SGLang version: 0.5.16 (default) or 0.5.23
   FLASHCORE_VENV        where the environment lies (.venv in the checkout)
@@ -61,9 +61,6 @@ fi
 
 # Ours come first and the user's last: SGLang takes the last value of an argument.
 arguments=(--attention-backend flashcore_sparse)
-if [[ $flashcore_device_path == cuda && -z $(option --attention-backend '' "$@") ]]; then
-  arguments=(--attention-backend fa3 --decode-attention-backend flashcore_sparse) # FA3 prefills, ours decodes
-fi
 model=$(option --model "$(option --model-path '' "$@")" "$@")
 if [[ -z $(option --config '' "$@") ]]; then
   if [[ $flashcore_device_path == cpu ]]; then
