@@ -8,51 +8,56 @@ namespace flashcore::decode {
 // Which of the two consumer warpgroups this is.
 __device__ __forceinline__ int warpgroup_id() { return ptx::thread_id() / 128 - 1; }
 
-// First q_row of this warpgroup within its item.
-__device__ __forceinline__ int first_q_row(const WorkItem& item) {
-  return item.q_row + (item.q_rows > kNarrowRows ? warpgroup_id() * kNarrowRows : 0);
+// The unit of a row's partial output (PartialHead), whose largest value is `largest`; and one over it. Not below
+// 2^-101: zeros times a factor that is infinite would not be zero.
+__device__ __forceinline__ float unit_of(float largest) {
+  return __uint_as_float(max(__float_as_uint(largest) & 0x7F800000u, 40u << 23) - (14u << 23));
+}
+__device__ __forceinline__ float one_over_unit(float unit) {
+  return __uint_as_float((254u << 23) - __float_as_uint(unit));
 }
 
-// Divides, adds the sink where the row ends here, and stores 8 (fp32) or 4 (16-bit) bytes per thread and 8 columns.
+// Divides, adds the sink where the row ends here, and stores 16 bytes per thread and 32 columns: to out, or as a
+// partial result. A lane has 8 columns of each 32.
 template <class C, class Scales>
 __device__ __forceinline__ void store_rows(const DecodeParams& p, const Scales& scales, SharedStorage<C>& s,
                                            const WorkItem& item, Accumulators<C>& acc, int warpgroup, int warp,
                                            int lane) {
-  using T = typename C::T;
   const float v_scale = C::kConverts ? p.cache.of_v(kv_head_of(item)) : 1.f;
-  const int column = (lane & 3) * 2;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    acc.sum[r] += __shfl_xor_sync(~0u, acc.sum[r], 1);
-    acc.sum[r] += __shfl_xor_sync(~0u, acc.sum[r], 2);
-  }
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    float sum = acc.sum[r];
     const int in_half = warp * 16 + lane / 4 + 8 * r;
     const int to = s.destinations[warpgroup][q_phase_of(item, warpgroup)][in_half];
-    if (to == kNowhere) continue;
-    const int head = kv_head_of(item) * p.ratio + (first_q_row(item) + in_half) % p.ratio;
+    if (__all_sync(~0u, to == kNowhere)) continue;
+    const bool ends = to < 0;
+    const int index = (to & kNowhere) >> kGroupHeadBits;
+    const int head = kv_head_of(item) * p.ratio + (to & ((1 << kGroupHeadBits) - 1));
     const float max2 = acc.max[r] * scales.scale_log2;
-    if (to < 0) {
-      if (p.sinks != nullptr) sum += ptx::exp2_approx(p.sinks[head] * kLog2e - max2);
-      const float inverse = v_scale / sum;
-      T* out = static_cast<T*>(p.out) + (to & 0x7FFFFFFF) * p.out_row_stride + head * C::kHeadDim + column;
+    float sum = acc.sum[r], largest = 0.f;
 #pragma unroll
-      for (int j = 0; j < C::kHeadDim / 8; ++j) {
-        *reinterpret_cast<uint32_t*>(out + j * 8) =
-            round_out<C>(p, acc.o[j * 4 + r * 2] * inverse, acc.o[j * 4 + r * 2 + 1] * inverse);
-      }
-    } else {
-      const float inverse = v_scale / sum;
-      const int64_t at = static_cast<int64_t>(to) * p.heads + head;
-      float* out = p.work.partial_out + at * C::kHeadDim + column;
+    for (int i = 0; i < C::kHeadDim / 4; ++i) largest = fmaxf(largest, fabsf(acc.o[i / 2 * 4 + r * 2 + i % 2]));
 #pragma unroll
-      for (int j = 0; j < C::kHeadDim / 8; ++j) {
-        *reinterpret_cast<float2*>(out + j * 8) =
-            make_float2(acc.o[j * 4 + r * 2] * inverse, acc.o[j * 4 + r * 2 + 1] * inverse);
+    for (int d = 1; d < 4; d *= 2) {
+      sum += __shfl_xor_sync(~0u, sum, d);
+      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, d));
+    }
+    if (ends && p.sinks != nullptr) sum += ptx::exp2_approx(p.sinks[head] * kLog2e - max2);
+    const float inverse = v_scale * ptx::rcp_approx(sum), unit = unit_of(largest * fabsf(inverse));
+    const float factor = ends ? inverse : inverse * one_over_unit(unit);
+    const int64_t at = static_cast<int64_t>(index) * p.heads + head;
+    if (!ends && to != kNowhere && (lane & 3) == 0) p.work.partial_heads[at] = {max2 + ptx::log2_approx(sum), unit};
+    char* row = ends ? static_cast<char*>(p.out) + (index * p.out_row_stride + head * C::kHeadDim) * 2
+                     : reinterpret_cast<char*>(p.work.partial_out + at * C::kHeadDim);
+#pragma unroll
+    for (int j = 0; j < C::kHeadDim / 8; j += 4) {
+      uint32_t x[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float a = acc.o[(j + i) * 4 + r * 2] * factor, b = acc.o[(j + i) * 4 + r * 2 + 1] * factor;
+        x[i] = ends ? round_out<C>(p, a, b) : pack(a, b, static_cast<__half*>(nullptr));
       }
-      if ((lane & 3) == 0) p.work.partial_lse2[at] = max2 + log2f(sum);
+      const uint4 y = transpose_quad(x);
+      if (to != kNowhere) *reinterpret_cast<uint4*>(row + (j / 4 * 4 + (lane & 3)) * 16) = y;
     }
   }
 }

@@ -124,18 +124,6 @@ __device__ __forceinline__ void hide(const Params& p, const Item& item, const Ti
   }
 }
 
-// Sixteen bits of two columns each of four neighbouring column groups -> eight columns of one group: a 4 x 4 transpose
-// among the four lanes of a row, so that they store 64 consecutive bytes.
-__device__ __forceinline__ uint4 transpose_quad(const uint32_t (&x)[4]) {
-  const int lane = ptx::thread_id() & 3;
-  const bool odd = lane & 1, high = lane & 2;
-  // Lanes 1 apart exchange, then lanes 2 apart.
-  const uint32_t a = __shfl_xor_sync(~0u, odd ? x[0] : x[1], 1), b = __shfl_xor_sync(~0u, odd ? x[2] : x[3], 1);
-  const uint32_t p0 = odd ? a : x[0], p1 = odd ? x[1] : a, p2 = odd ? b : x[2], p3 = odd ? x[3] : b;
-  const uint32_t c = __shfl_xor_sync(~0u, high ? p0 : p2, 2), d = __shfl_xor_sync(~0u, high ? p1 : p3, 2);
-  return high ? make_uint4(c, d, p2, p3) : make_uint4(p0, p1, c, d);
-}
-
 // Divides, adds the sink, and stores to out.
 template <class C>
 __device__ __forceinline__ void store_out(const Params& p, const Item& item, Accumulators<C>& acc,
@@ -161,7 +149,7 @@ __device__ __forceinline__ void store_out(const Params& p, const Item& item, Acc
         const int at = (j + i) * 4 + r * 2;
         x[i] = decode::round_out<C>(p, acc.o[at] * inverse, acc.o[at + 1] * inverse);
       }
-      const uint4 y = transpose_quad(x);
+      const uint4 y = decode::transpose_quad(x);
       if (indices[r] >= 0) *reinterpret_cast<uint4*>(out + j * 8) = y;
     }
   }

@@ -3,10 +3,13 @@
 //   M = max lse2_i,  w_i = exp2(lse2_i - M),  out = sum w_i O_i / (sum w_i + exp2(sink * log2(e) - M))
 //
 // in the order of the slots, so that two runs agree bitwise. Rows without tokens get zeros; rows with one piece were
-// written by decode. One warp per (row, head), four heads per CTA. Bound by the latency of two dependent loads. Also
-// resets the work-list counters for the next layer.
+// written by decode. One warp per (row, head), four heads per CTA. Bound by the latency of its loads. Also resets
+// the work-list counters for the next layer.
+#include <type_traits>
+
 #include "attention/launch.h"
 #include "attention/params.h"
+#include "common/pack.cuh"
 #include "common/ptx.cuh"
 
 namespace flashcore {
@@ -15,22 +18,36 @@ namespace {
 constexpr int kHeadsPerCta = 4;
 constexpr float kLog2e = 1.4426950408889634f;
 
-__device__ __forceinline__ void store(__nv_bfloat16* p, float x) { *p = __float2bfloat16_rn(x); }
-__device__ __forceinline__ void store(__half* p, float x) { *p = __float2half_rn(x); }
+// kWords words of 32 bits, read and written as one.
+template <int kWords>
+using Vector = std::conditional_t<kWords == 1, uint32_t, std::conditional_t<kWords == 2, uint2, uint4>>;
 
-// Running result of a (row, head); kPer values of out per lane, two by two.
+// Running result of a (row, head); kPer neighbouring values of out per lane.
 template <int kPer>
 struct Sum {
   float out[kPer], total, best;
 };
 
-// Adds up to 32 pieces from `slot` on, in order.
+// Adds up to 32 pieces from `slot` on, in order. The first outputs are asked for beside the weights, which take two
+// loads' time otherwise.
 template <int kPer>
 __device__ __forceinline__ void add_pieces(const MergeParams& p, Sum<kPer>& sum, int slot, int count, int head,
                                            int lane) {
+  using Words = Vector<kPer / 2>;
+  constexpr int kBlock = 8;
   const int64_t at = static_cast<int64_t>(slot) * p.heads + head;
-  const float lse2 = lane < count ? __ldcg(p.work.partial_lse2 + at + lane * p.heads) : -INFINITY;
-  float best = lse2;
+  float2 piece = make_float2(-INFINITY, 0.f);  // lse2, unit
+  if (lane < count) piece = __ldcg(reinterpret_cast<const float2*>(p.work.partial_heads + at + lane * p.heads));
+  const Words* src = reinterpret_cast<const Words*>(p.work.partial_out + at * p.head_dim) + lane;
+  Words words[kBlock];
+  auto load = [&](int first) {
+#pragma unroll
+    for (int c = 0; c < kBlock; ++c) {
+      if (first + c < count) words[c] = __ldcg(src + (first + c) * p.heads * 32);
+    }
+  };
+  load(0);
+  float best = piece.x;
 #pragma unroll
   for (int i = 16; i > 0; i /= 2) best = fmaxf(best, __shfl_xor_sync(~0u, best, i));
   best = fmaxf(best, sum.best);
@@ -39,17 +56,20 @@ __device__ __forceinline__ void add_pieces(const MergeParams& p, Sum<kPer>& sum,
   for (int i = 0; i < kPer; ++i) sum.out[i] *= rescale;
   sum.total *= rescale;
   sum.best = best;
-  const float weight = lane < count ? ptx::exp2_approx(lse2 - best) : 0.f;
-  const float2* src = reinterpret_cast<const float2*>(p.work.partial_out + at * p.head_dim) + lane;
-#pragma unroll 8
-  for (int c = 0; c < count; ++c, src += p.heads * p.head_dim / 2) {
-    const float w = __shfl_sync(~0u, weight, c);
-    sum.total += w;
+  const float weight = lane < count ? ptx::exp2_approx(piece.x - best) : 0.f;
+  for (int first = 0; first < count; first += kBlock) {
+    if (first > 0) load(first);
 #pragma unroll
-    for (int i = 0; i < kPer; i += 2) {
-      const float2 x = __ldcg(src + i * 16);
-      sum.out[i] = fmaf(w, x.x, sum.out[i]);
-      sum.out[i + 1] = fmaf(w, x.y, sum.out[i + 1]);
+    for (int c = 0; c < kBlock; ++c) {
+      if (first + c >= count) break;
+      sum.total += __shfl_sync(~0u, weight, first + c);
+      const float w = __shfl_sync(~0u, weight * piece.y, first + c);
+#pragma unroll
+      for (int i = 0; i < kPer; i += 2) {
+        const float2 x = __half22float2(reinterpret_cast<const __half2*>(&words[c])[i / 2]);
+        sum.out[i] = fmaf(w, x.x, sum.out[i]);
+        sum.out[i + 1] = fmaf(w, x.y, sum.out[i + 1]);
+      }
     }
   }
 }
@@ -73,8 +93,11 @@ __global__ void __launch_bounds__(kHeadsPerCta * 32) merge_kernel(const __grid_c
   if (p.sinks != nullptr && info.pieces > 0) sum.total += ptx::exp2_approx(p.sinks[head] * kLog2e - sum.best);
   const float inverse = sum.total > 0.f ? 1.f / sum.total : 0.f;
   T* out = static_cast<T*>(p.out) + info.row * p.out_row_stride + head * p.head_dim;
+  alignas(16) uint32_t rounded[kPer / 2];
 #pragma unroll
-  for (int i = 0; i < kPer; ++i) store(out + (i / 2) * 64 + lane * 2 + (i & 1), sum.out[i] * inverse);
+  for (int i = 0; i < kPer; i += 2)
+    rounded[i / 2] = pack(sum.out[i] * inverse, sum.out[i + 1] * inverse, static_cast<T*>(nullptr));
+  reinterpret_cast<Vector<kPer / 2>*>(out)[lane] = *reinterpret_cast<const Vector<kPer / 2>*>(rounded);
 }
 
 template <typename T>

@@ -3,6 +3,7 @@
 // S segments. A q_row of a segment is (row, head of the group): row = q_row / R, head = kv_head * R + q_row % R.
 #pragma once
 #include <cuda.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstddef>
@@ -76,6 +77,12 @@ struct alignas(16) RowInfo {
   int pad;
 };
 
+// Beside a head's partial output, which is in 16 bits: half the bytes to write and to read again.
+struct alignas(8) PartialHead {
+  float lse2;  // log2 of its sum of exponentials
+  float unit;  // of the output: a power of two, so that its largest value is 2^14 to 2^15 units
+};
+
 struct ScheduleHeader {
   int taken[2];    // dynamic counters: wide, narrow; merge sets them to 0 again
   int entries[2];  // work items per KV head: wide, narrow
@@ -86,7 +93,7 @@ struct ScheduleHeader {
 
 // Offsets in bytes into the workspace. All 256-aligned.
 struct WorkspaceLayout {
-  size_t header, rows, starts, start_pages, maps, items, partial_lse2, partial_out, bytes;
+  size_t header, rows, starts, start_pages, maps, items, partial_heads, partial_out, bytes;
   int entry_capacity, partial_capacity;
 };
 
@@ -113,8 +120,8 @@ inline WorkspaceLayout workspace_layout(int batch, int segment_capacity, int hea
   w.start_pages = take(sizeof(int) * kMaxCtas * kStartTokens);
   w.maps = take(sizeof(CUtensorMap) * kMaxCtas * 2 * kStrides);
   w.items = take(sizeof(WorkItem) * w.entry_capacity);
-  w.partial_lse2 = take(sizeof(float) * partial_capacity * heads);
-  w.partial_out = take(sizeof(float) * partial_capacity * heads * head_dim);
+  w.partial_heads = take(sizeof(PartialHead) * partial_capacity * heads);
+  w.partial_out = take(sizeof(__half) * partial_capacity * heads * head_dim);
   w.bytes = at;
   return w;
 }
@@ -122,13 +129,13 @@ inline WorkspaceLayout workspace_layout(int batch, int segment_capacity, int hea
 // Pointers into one workspace.
 struct Workspace {
   ScheduleHeader* header;
-  RowInfo* rows;        // [B] by position in row_order
-  WorkItem* starts;     // [kMaxCtas] first item of each CTA; num_tokens 0: none
-  int* start_pages;     // [kMaxCtas, kStartTokens] pages of its first tokens
-  CUtensorMap* maps;    // [kMaxCtas, 2, kStrides] that the loaders of K and of V make
-  WorkItem* items;      // [entry_capacity] wide ones from the front, narrow ones from the back
-  float* partial_lse2;  // [partial, H]
-  float* partial_out;   // [partial, H, D]
+  RowInfo* rows;               // [B] by position in row_order
+  WorkItem* starts;            // [kMaxCtas] first item of each CTA; num_tokens 0: none
+  int* start_pages;            // [kMaxCtas, kStartTokens] pages of its first tokens
+  CUtensorMap* maps;           // [kMaxCtas, 2, kStrides] that the loaders of K and of V make
+  WorkItem* items;             // [entry_capacity] wide ones from the front, narrow ones from the back
+  PartialHead* partial_heads;  // [partial, H]
+  __half* partial_out;         // [partial, H, D]
   int entry_capacity, partial_capacity;
 };
 
@@ -140,8 +147,8 @@ inline Workspace bind_workspace(const WorkspaceLayout& w, void* base) {
           reinterpret_cast<int*>(p + w.start_pages),
           reinterpret_cast<CUtensorMap*>(p + w.maps),
           reinterpret_cast<WorkItem*>(p + w.items),
-          reinterpret_cast<float*>(p + w.partial_lse2),
-          reinterpret_cast<float*>(p + w.partial_out),
+          reinterpret_cast<PartialHead*>(p + w.partial_heads),
+          reinterpret_cast<__half*>(p + w.partial_out),
           w.entry_capacity,
           w.partial_capacity};
 }

@@ -417,10 +417,11 @@ __device__ __forceinline__ void load_q_half(const DecodeParams& p, SharedStorage
     to[i] = kNowhere;
     if (in_half < rows) {
       const RowInfo info = load_row_info(p, item.row_begin + local);
-      const int head = kv_head_of(item) * p.ratio + q_row - local * p.ratio, slot = info.slot + piece;
+      const int in_group = q_row - local * p.ratio, slot = info.slot + piece;
       const bool fits = piece >= 0 && piece < info.pieces && slot < p.work.partial_capacity;
-      from[i] = static_cast<int>(info.row * p.q_row_stride) + head * C::kHeadDim;
-      to[i] = info.pieces == 1 ? info.row | 1 << 31 : fits ? slot : kNowhere;
+      from[i] = static_cast<int>(info.row * p.q_row_stride) + (kv_head_of(item) * p.ratio + in_group) * C::kHeadDim;
+      if (info.pieces == 1 || fits)
+        to[i] = (info.pieces == 1 ? info.row : slot) << kGroupHeadBits | in_group | (info.pieces == 1 ? 1 << 31 : 0);
     }
   }
   ptx::mbarrier_wait(ptx::smem_address(&s.q_empty[warpgroup]), phase ^ 1);

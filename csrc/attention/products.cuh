@@ -2,6 +2,7 @@
 // kGroupBytes and kQInRegisters.
 #pragma once
 #include "attention/tiles.cuh"
+#include "common/pack.cuh"
 #include "common/wgmma.cuh"
 
 namespace flashcore::decode {
@@ -51,15 +52,6 @@ __device__ __forceinline__ void issue_pv(float (&o)[C::kHeadDim / 2], const uint
     }
   }
   ptx::wgmma_commit();
-}
-
-__device__ __forceinline__ uint32_t pack(float x, float y, __nv_bfloat16*) {
-  __nv_bfloat162 v = __floats2bfloat162_rn(x, y);
-  return reinterpret_cast<uint32_t&>(v);
-}
-__device__ __forceinline__ uint32_t pack(float x, float y, __half*) {
-  __half2 v = __floats2half2_rn(x, y);
-  return reinterpret_cast<uint32_t&>(v);
 }
 
 template <class C, int kTile>
@@ -191,6 +183,18 @@ __device__ __forceinline__ decltype(auto) score_scales(const Params& p, float k_
   } else {
     return (p);
   }
+}
+
+// Sixteen bits of two columns each of four neighbouring column groups -> eight columns of one group: a 4 x 4 transpose
+// among the four lanes of a row, so that they store 64 consecutive bytes.
+__device__ __forceinline__ uint4 transpose_quad(const uint32_t (&x)[4]) {
+  const int lane = ptx::thread_id() & 3;
+  const bool odd = lane & 1, high = lane & 2;
+  // Lanes 1 apart exchange, then lanes 2 apart.
+  const uint32_t a = __shfl_xor_sync(~0u, odd ? x[0] : x[1], 1), b = __shfl_xor_sync(~0u, odd ? x[2] : x[3], 1);
+  const uint32_t p0 = odd ? a : x[0], p1 = odd ? x[1] : a, p2 = odd ? b : x[2], p3 = odd ? x[3] : b;
+  const uint32_t c = __shfl_xor_sync(~0u, high ? p0 : p2, 2), d = __shfl_xor_sync(~0u, high ? p1 : p3, 2);
+  return high ? make_uint4(c, d, p2, p3) : make_uint4(p0, p1, c, d);
 }
 
 // Two results in the dtype of out, which differs from the products' where the cache is e4m3.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 
 import pytest
@@ -211,6 +212,14 @@ def test_permuting_requests_permutes_outputs():
     g = f.reordered(order)
     a, b = decode(q, k, v, scale=0.1), Decode(g.layout(), 32, 8, 128)(q[order.cuda()], k, v, scale=0.1)
     torch.testing.assert_close(b, a[order.cuda()], atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("exponent", [-math.inf, -60, 100])
+def test_partial_results_hold_values_of_any_size(exponent):
+    f = forest(MIXED)
+    q, k, v, decode = _setup(f)
+    want = decode(q, k, v, scale=0.1)
+    assert torch.equal(decode(q, k, v * 2.0**exponent, scale=0.1), want * 2.0**exponent)
 
 
 def test_few_partial_slots_split_less_and_stay_exact():

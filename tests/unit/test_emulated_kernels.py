@@ -8,6 +8,7 @@ FLASHCORE_EMULATED_SEEDS=20 python -m pytest tests/unit/test_emulated_kernels.py
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -209,3 +210,13 @@ def test_decode_is_exact_however_its_warps_interleave(name: str, order: int, asy
         assert_close_to(want, out)
     else:
         assert_accurate(out, want)
+
+
+@pytest.mark.parametrize("exponent", [-math.inf, -60, 100])
+def test_partial_results_of_decode_hold_values_of_any_size(exponent: int) -> None:
+    d, (q, k, v), options, _ = prepared_decode("decode")
+    configure(DECODE_CASES["decode"], 0, 0, 0)
+    d._workspace.zero_()
+    d.plan()
+    want, out = (d.attend(q, k, x, torch.empty_like(q), **options) for x in (v, v * 2.0**exponent))
+    assert torch.equal(out, want * 2.0**exponent)

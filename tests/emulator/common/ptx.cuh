@@ -120,6 +120,7 @@ inline uint32_t bf16x2_to_fp16x2(uint32_t x) {
 }
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline float exp2_approx_in_place(float x) { return std::exp2(x); }
+inline float log2_approx(float x) { return std::log2(x); }
 inline float rcp_approx(float x) { return 1.f / x; }
 inline float opaque(float x) { return x; }
 inline const int4* element_address(const int4* base, uint32_t index) { return base + index; }
