@@ -9,7 +9,7 @@ namespace flashcore::decode {
 __device__ __forceinline__ int warpgroup_id() { return ptx::thread_id() / 128 - 1; }
 
 // The unit of a row's partial output (PartialHead), whose largest value is `largest`; and one over it. Not below
-// 2^-101: zeros times a factor that is infinite would not be zero.
+// 2^-101: zeros times a factor that is infinite would not be zero. A scale of V from 2^27 on would still make it so.
 __device__ __forceinline__ float unit_of(float largest) {
   return __uint_as_float(max(__float_as_uint(largest) & 0x7F800000u, 40u << 23) - (14u << 23));
 }

@@ -3,8 +3,8 @@
 //   S = q k^T * scale (capped), P = exp2(S - max S), O = P v / sum P, lse2 = max + log2(sum P)
 //
 // with q the gathered q_rows of a segment and k, v a chunk of its tokens. A row with one piece goes to `out`; others
-// leave (O, lse2) in fp32 for merge.cu. (Merging in here, by whoever brings the last piece, was tried: its fence takes
-// up to 9 us while memory is busy.) Decode has no causal mask inside a segment, so a tile is any 128 tokens.
+// leave O in 16 bits and lse2 for merge.cu. (Merging in here, by whoever brings the last piece, was tried: its fence
+// takes up to 9 us while memory is busy.) Decode has no causal mask inside a segment, so a tile is any 128 tokens.
 //
 // Grid: one CTA per SM, 384 threads; over an e4m3 cache 512.
 //   warp 0           feeder: claims items and posts them to a ring.

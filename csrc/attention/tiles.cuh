@@ -90,9 +90,10 @@ constexpr DType cache_dtype() {
 }
 
 // Where the result of a q_row goes: a row of out (top bit set), a partial slot, or kNowhere; and from bit 0, of which
-// head of its group (at most 16) it is. Kept in shared memory beside q because the main loop has no register to spare;
+// head of its group it is. Kept in shared memory beside q because the main loop has no register to spare;
 // the q loader has looked it up by the time it is needed.
-constexpr int kNowhere = 0x7FFFFFFF, kGroupHeadBits = 4;
+constexpr int kNowhere = 0x7FFFFFFF, kGroupHeadBits = 6;
+static_assert(1 << kGroupHeadBits >= kNarrowRows);  // the largest group that check_heads lets pass
 
 constexpr int kBoxes = 3;  // of 8 tokens, of 32, of a tile
 

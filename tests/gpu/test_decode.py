@@ -115,7 +115,9 @@ def test_head_dims_and_dtypes_are_exact(head_dim, dtype):
     attend(forest([(3, 700)]), head_dim=head_dim, dtype=dtype)
 
 
-@pytest.mark.parametrize("heads, kv_heads", [(8, 8), (32, 8), (28, 4), (12, 2), (16, 1), (6, 2), (40, 8), (5, 1)])
+@pytest.mark.parametrize(
+    "heads, kv_heads", [(8, 8), (32, 8), (28, 4), (12, 2), (16, 1), (6, 2), (40, 8), (5, 1), (64, 1)]
+)
 def test_head_ratios_are_exact(heads, kv_heads):
     attend(forest([(1, 500), (33, 70)]), heads=heads, kv_heads=kv_heads)
 

@@ -102,6 +102,8 @@ DECODE_CASES = {
     "decode, permuted": Case(ONES, 8, 2, order="permuted", logit_cap=20.0),
     "decode, many tiles": Case(((0, ((900, 1), (500, 1), (1100, 1), (700, 1))),), 8, 2, multiprocessors=1),
     "decode, pages of 16": Case(((256, ((5, 1),) * 20), (0, ((700, 1),))), page_size=16, order="permuted"),
+    "decode, 64 heads on one": Case(ONES, 64),
+    "decode, 20 heads on one": Case(ONES, 20),
     "decode, d 64": Case(ONES, head_dim=64, dtype=FP16),
     "decode, d 256": Case(ONES, head_dim=256, order="permuted"),
     "decode, d 256, runs": Case(ONES, head_dim=256),
