@@ -30,8 +30,7 @@ __device__ __forceinline__ void store_rows(const DecodeParams& p, const Scales& 
     const int to = s.destinations[warpgroup][q_phase_of(item, warpgroup)][in_half];
     if (__all_sync(~0u, to == kNowhere)) continue;
     const bool ends = to < 0;
-    const int index = (to & kNowhere) >> kGroupHeadBits;
-    const int head = kv_head_of(item) * p.ratio + (to & ((1 << kGroupHeadBits) - 1));
+    const int index = index_of(to), head = kv_head_of(item) * p.ratio + group_head_of(to);
     const float max2 = acc.max[r] * scales.scale_log2;
     float sum = acc.sum[r], largest = 0.f;
 #pragma unroll

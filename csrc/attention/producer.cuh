@@ -418,10 +418,9 @@ __device__ __forceinline__ void load_q_half(const DecodeParams& p, SharedStorage
     if (in_half < rows) {
       const RowInfo info = load_row_info(p, item.row_begin + local);
       const int in_group = q_row - local * p.ratio, slot = info.slot + piece;
-      const bool fits = piece >= 0 && piece < info.pieces && slot < p.work.partial_capacity;
+      const bool ends = info.pieces == 1, fits = piece >= 0 && piece < info.pieces && slot < p.work.partial_capacity;
       from[i] = static_cast<int>(info.row * p.q_row_stride) + (kv_head_of(item) * p.ratio + in_group) * C::kHeadDim;
-      if (info.pieces == 1 || fits)
-        to[i] = (info.pieces == 1 ? info.row : slot) << kGroupHeadBits | in_group | (info.pieces == 1 ? 1 << 31 : 0);
+      if (ends || fits) to[i] = (ends ? info.row : slot) << kGroupHeadBits | in_group | (ends ? kInOut : 0);
     }
   }
   ptx::mbarrier_wait(ptx::smem_address(&s.q_empty[warpgroup]), phase ^ 1);

@@ -89,11 +89,13 @@ constexpr DType cache_dtype() {
   return C::kConverts ? DType::kE4m3 : std::is_same_v<typename C::T, __half> ? DType::kFp16 : DType::kBf16;
 }
 
-// Where the result of a q_row goes: a row of out (top bit set), a partial slot, or kNowhere; and from bit 0, of which
-// head of its group it is. Kept in shared memory beside q because the main loop has no register to spare;
-// the q loader has looked it up by the time it is needed.
-constexpr int kNowhere = 0x7FFFFFFF, kGroupHeadBits = 6;
+// Where the result of a q_row goes: the index of a row of out (kInOut) or of a partial slot, and the head within its
+// group; or kNowhere. Kept in shared memory beside q because the main loop has no register to spare; the q loader has
+// looked it up by the time it is needed.
+constexpr int kNowhere = 0x7FFFFFFF, kInOut = 1 << 31, kGroupHeadBits = 6;
 static_assert(1 << kGroupHeadBits >= kNarrowRows);  // the largest group that check_heads lets pass
+__device__ __forceinline__ int index_of(int destination) { return (destination & ~kInOut) >> kGroupHeadBits; }
+__device__ __forceinline__ int group_head_of(int destination) { return destination & ((1 << kGroupHeadBits) - 1); }
 
 constexpr int kBoxes = 3;  // of 8 tokens, of 32, of a tile
 
