@@ -215,7 +215,7 @@ def test_decode_is_exact_however_its_warps_interleave(name: str, order: int, asy
 
 
 @pytest.mark.parametrize("exponent", [-math.inf, -60, 100])
-def test_partial_results_of_decode_hold_values_of_any_size(exponent: int) -> None:
+def test_partial_results_of_decode_hold_values_of_any_size(exponent: float) -> None:
     d, (q, k, v), options, _ = prepared_decode("decode")
     configure(DECODE_CASES["decode"], 0, 0, 0)
     d._workspace.zero_()
