@@ -1,5 +1,6 @@
 """What the benchmarks want, and the chart they draw, without a GPU."""
 
+import argparse
 import json
 import sys
 
@@ -26,6 +27,15 @@ CASES = {case.name: case for case in bench_decode.CASES}
 )
 def test_case_wants_the_ratio_of_its_order(name, order, wanted):
     assert CASES[name].wanted_in(order) == pytest.approx(wanted)
+
+
+def test_cases_of_other_page_sizes_are_left_out():
+    def names(page_size):
+        args = argparse.Namespace(cases="", quick=False, page_size=page_size)
+        return [case.name for case in bench_decode.chosen(args)]
+
+    assert names(1) == list(CASES)
+    assert names(64) == [name for name in CASES if not name.startswith("near")]
 
 
 def test_quick_cases_exist():
