@@ -78,13 +78,15 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const int lane = threadIdx.x % 32;
   WorkItem start{};
   Pages<C> pages{};
+  int slot = -1;
   if (warp < 3) {
     start = load_item(p.work.starts + blockIdx.x);
-    if (warp > 0) pages = load_start_pages<C>(p, lane);
+    if (warp > 0) slot = __ldg(p.work.start_slots + blockIdx.x), pages = load_start_pages<C>(p, lane);
   }
   if (threadIdx.x >= 96 && threadIdx.x < 98) {
     const int list = threadIdx.x - 96;
     s.list_items[list] = p.work.header->entries[list] * p.kv_heads;
+    s.large_items[list] = p.work.header->large[list] * p.kv_heads;
   }
   if (threadIdx.x >= 99 && threadIdx.x < 101) s.issued[threadIdx.x - 99] = 0;
   if (warp == kKeyLoader || warp == kKeyLoader + 1) {
@@ -98,7 +100,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     if (warp == 0) {
       feed_items<C>(p, s, start, lane);
     } else if (warp < 3) {
-      load_kv<C>(p, maps, s, buffers_of<C>(p, maps, s, warp == kKeyLoader), start.num_tokens > 0, pages);
+      load_kv<C>(p, maps, s, buffers_of<C>(p, maps, s, warp == kKeyLoader), start, slot, pages);
     } else {
       load_q<C>(p, s, lane);
     }

@@ -15,6 +15,7 @@ constexpr int kNarrowRows = 64;  // q_rows of one consumer warpgroup; a wide ite
 constexpr int kWideRows = 128;
 constexpr int kMinEntries = 2048;
 constexpr int kMaxCtas = 256;
+constexpr int kSmallTokens = 256;                     // of an item that is claimed with others behind it
 constexpr int kStartTokens = 256;                     // whose pages are looked up for a CTA beforehand
 constexpr int kMaxBatch = 4096, kMaxSegments = 4096;  // that a step can have
 constexpr int kMaxPageSize = 1 << 20;
@@ -87,13 +88,14 @@ struct ScheduleHeader {
   int taken[2];    // dynamic counters: wide, narrow; merge sets them to 0 again
   int entries[2];  // work items per KV head: wide, narrow
   int wide_ctas;   // CTAs that start on the wide list
+  int large[2];    // of the entries, those up to the last one that may have more than kSmallTokens tokens
   int overflow;    // 1: partial slots ran out, some rows are wrong: row_segments must be bounded by partial_capacity
-  int pad[10];
+  int pad[8];
 };
 
 // Offsets in bytes into the workspace. All 256-aligned.
 struct WorkspaceLayout {
-  size_t header, rows, starts, start_pages, maps, items, partial_heads, partial_out, bytes;
+  size_t header, rows, starts, start_slots, start_pages, maps, items, partial_heads, partial_out, bytes;
   int entry_capacity, partial_capacity;
 };
 
@@ -117,6 +119,7 @@ inline WorkspaceLayout workspace_layout(int batch, int segment_capacity, int hea
   w.header = take(sizeof(ScheduleHeader));
   w.rows = take(sizeof(RowInfo) * batch);
   w.starts = take(sizeof(WorkItem) * kMaxCtas);
+  w.start_slots = take(sizeof(int) * kMaxCtas);
   w.start_pages = take(sizeof(int) * kMaxCtas * kStartTokens);
   w.maps = take(sizeof(CUtensorMap) * kMaxCtas * 2 * kStrides);
   w.items = take(sizeof(WorkItem) * w.entry_capacity);
@@ -129,11 +132,12 @@ inline WorkspaceLayout workspace_layout(int batch, int segment_capacity, int hea
 // Pointers into one workspace.
 struct Workspace {
   ScheduleHeader* header;
-  RowInfo* rows;               // [B] by position in row_order
-  WorkItem* starts;            // [kMaxCtas] first item of each CTA; num_tokens 0: none
-  int* start_pages;            // [kMaxCtas, kStartTokens] pages of its first tokens
-  CUtensorMap* maps;           // [kMaxCtas, 2, kStrides] that the loaders of K and of V make
-  WorkItem* items;             // [entry_capacity] wide ones from the front, narrow ones from the back
+  RowInfo* rows;      // [B] by position in row_order
+  WorkItem* starts;   // [kMaxCtas] first item of each CTA; num_tokens 0: none
+  int* start_slots;   // [kMaxCtas] that its first two tiles begin at, if they are whole and in one row; else -1
+  int* start_pages;   // [kMaxCtas, kStartTokens] pages of its first tokens
+  CUtensorMap* maps;  // [kMaxCtas, 2, kStrides] that the loaders of K and of V make
+  WorkItem* items;    // [entry_capacity] wide ones from the front, narrow ones from the back
   PartialHead* partial_heads;  // [partial, H]
   __half* partial_out;         // [partial, H, D]
   int entry_capacity, partial_capacity;
@@ -144,6 +148,7 @@ inline Workspace bind_workspace(const WorkspaceLayout& w, void* base) {
   return {reinterpret_cast<ScheduleHeader*>(p + w.header),
           reinterpret_cast<RowInfo*>(p + w.rows),
           reinterpret_cast<WorkItem*>(p + w.starts),
+          reinterpret_cast<int*>(p + w.start_slots),
           reinterpret_cast<int*>(p + w.start_pages),
           reinterpret_cast<CUtensorMap*>(p + w.maps),
           reinterpret_cast<WorkItem*>(p + w.items),

@@ -9,6 +9,7 @@ namespace flashcore::decode {
 // tiles ahead: under load a page index takes 2 us, longer than a tile, and behind scattered copies still longer.
 constexpr int kBlock = 2;          // tiles
 constexpr int kKeyLoader = 1;      // warp; the next loads V
+constexpr int kEarlyRows = 16;     // q_rows of an item whose first tiles may set out before them
 constexpr int kBegunTokens = 512;  // left to load of an item when the next may be claimed
 static_assert(kRunTokens <= kBegunTokens);
 constexpr int kFullArrivals = 32 + ptx::kWarpArrivals;  // that fill a buffer: one of the warp, and of what came by
@@ -272,6 +273,15 @@ __device__ __forceinline__ void load_run(const DecodeParams& p, const TensorMaps
   __syncwarp();  // `scattered` is free again
 }
 
+// A tile of consecutive slots, of which `first` is the first. `to`: see next_buffer.
+template <class C>
+__device__ __forceinline__ void load_box(const Buffers<C>& b, uint2 to, int first, int kv_head, int lane) {
+  if (lane != 0) return;
+  ptx::mbarrier_expect_tx(to.y, C::Cached::kBufferBytes);
+  ptx::tma_load_5d(to.x, b.maps + 2, to.y, ptx::kEvictFirst, 0, first, 0, 0, kv_head);
+  ptx::mbarrier_arrive(to.y, kFullArrivals);
+}
+
 // One tile. `shallow`: one buffer stays empty. `slot`: of the lane's tokens 32 g + lane, -1 past the chunk. A full
 // barrier counts one arrival of the warp and, for what came by cp.async, one of every lane.
 template <class C>
@@ -285,11 +295,7 @@ __device__ __forceinline__ void load_tile(const DecodeParams& p, const TensorMap
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) run &= slot[g] == first + g * 32 + lane;
   if (__all_sync(~0u, run)) {
-    if (lane == 0) {
-      ptx::mbarrier_expect_tx(full, Tile::kBufferBytes);
-      ptx::tma_load_5d(dst, b.maps + 2, full, ptx::kEvictFirst, 0, first, 0, 0, kv_head);
-      ptx::mbarrier_arrive(full, kFullArrivals);
-    }
+    load_box<C>(b, make_uint2(dst, full), first, kv_head, lane);
     return;
   }
   constexpr uint32_t kAll = ~0u >> (32 - 4 * kGroups);
@@ -338,21 +344,36 @@ __device__ __forceinline__ void load_tile(const DecodeParams& p, const TensorMap
 }
 
 // K or V of all items. Tiles go out in blocks of two, whose page indices were loaded during the block before. During
-// the last block of an item the next item is looked up, as soon as it is posted. `ahead`: pages of the CTA's start
-// item, if it has one.
+// the last block of an item the next item is looked up, as soon as it is posted. Of the CTA's start item, if it has
+// one: `slots`, see Workspace; `ahead`, pages. Two tiles whose slots are known set out before anything else: the way to
+// the loop below takes 1 us where the code is cold.
 template <class C>
 __device__ __forceinline__ void load_kv(const DecodeParams& p, const TensorMaps& maps, SharedStorage<C>& s,
-                                        Buffers<C> b, bool has_start, Pages<C> ahead) {
+                                        Buffers<C> b, const WorkItem& start, int slot, Pages<C> ahead) {
   constexpr int kGroups = Pages<C>::kGroups;
   Ring<C::kRing> read;
-  const WorkItem* item = &wait_item<C>(s, read);
-  if (!has_start) ahead = load_pages<C>(p, *item, 0, ptx::thread_id() % 32);
-  bool begun = false;
   // A tile has begun to be filled; `first` of its item. A converter says so itself.
   auto publish = [&](bool first) {
     if (C::kConverts || ptx::thread_id() % 32 != 0) return;
     ptx::store_release(b.issued, b.slot + static_cast<int>(b.phase) * b.slots);
     if (first) ptx::mbarrier_arrive(ptx::smem_address(&s.item_started[read.slot()]));
+  };
+  int from = 0;  // tokens of the item that are on their way
+  const bool few = start.q_rows <= kEarlyRows && s.wide_ctas == 0;
+  if (few && start.num_tokens >= 2 * C::kTile && slot >= 0 && slot <= p.num_slots - 2 * C::kTile) {
+#pragma unroll 1
+    for (; from < 2 * C::kTile; from += C::kTile) {
+      load_box<C>(b, next_buffer<C>(b, false), slot + from, start.kv_head, ptx::thread_id() % 32);
+      publish(from == 0);
+    }
+  }
+  const WorkItem* item = &wait_item<C>(s, read);
+  if (start.num_tokens == 0 || from > 0) ahead = load_pages<C>(p, *item, from, ptx::thread_id() % 32);
+  bool begun = false;
+  auto begin = [&](int left) {
+    if (begun || left > kBegunTokens) return;
+    if (ptx::thread_id() == kKeyLoader * 32) ptx::mbarrier_arrive(ptx::smem_address(&s.item_begun[read.slot()]));
+    begun = true;
   };
   while (item->num_tokens > 0) {
     bool looked = false;
@@ -369,16 +390,14 @@ __device__ __forceinline__ void load_kv(const DecodeParams& p, const TensorMaps&
         publish(t == 0);
       }
     } else {
+      if (from > 0) begin(item->num_tokens - from);
 #pragma unroll 1
-      for (int t = 0; t < item->num_tokens; t += kBlock * C::kTile) {
+      for (int t = from; t < item->num_tokens; t += kBlock * C::kTile) {
         const Pages<C> pages = ahead;
         const int left = item->num_tokens - t;
         const bool last = left <= kBlock * C::kTile;
         if (!last) ahead = load_pages<C>(p, *item, t + kBlock * C::kTile, ptx::thread_id() % 32);
-        if (!begun && left <= kBegunTokens) {
-          if (ptx::thread_id() == kKeyLoader * 32) ptx::mbarrier_arrive(ptx::smem_address(&s.item_begun[read.slot()]));
-          begun = true;
-        }
+        begin(left);
 #pragma unroll 1
         for (int i = 0; i < kBlock && i * C::kTile < left; ++i) {
           if (last && !looked && (looked = item_ready<C>(s, read.next())))
@@ -396,6 +415,7 @@ __device__ __forceinline__ void load_kv(const DecodeParams& p, const TensorMaps&
     finish_item<C>(s, read, ptx::thread_id() % 32);
     item = &wait_item<C>(s, read);
     begun = false;
+    from = 0;
     if (!looked) ahead = load_pages<C>(p, *item, 0, ptx::thread_id() % 32);
   }
 }

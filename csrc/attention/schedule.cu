@@ -54,6 +54,7 @@ struct Shared {
   int begun[kMaxBatch], ended[kMaxBatch + 1];  // pieces of the segments whose rows begin, end there
   WorkItem first[2][kMaxCtas];                 // items of each list
   Trials trials[2];
+  int large[2];  // ScheduleHeader::large
   unsigned sums[6][kWarps];
   u64 scratch64[4][kWarps];
   int scratch[kWarps];
@@ -278,6 +279,24 @@ __device__ __forceinline__ int sum_fields(u64 x) {
   return static_cast<int>((x & 0xFFFF) + ((x >> 16) & 0xFFFF) + ((x >> 32) & 0xFFFF) + (x >> 48));
 }
 
+// The slot that an item begins at, if its first two tiles are whole and lie in one row of slots; else -1. `pages`: of
+// the tokens 32 g + lane. Wrong tables may give any slot: decode looks whether it is in the pool.
+__device__ __forceinline__ int run_slot(const ScheduleParams& p, const WorkItem& item,
+                                        const int (&pages)[kStartTokens / 32]) {
+  const int wanted = 2 * p.cost.tile_tokens;
+  bool whole = item.num_tokens >= wanted;
+  int first = 0;
+#pragma unroll
+  for (int g = 0; g < kStartTokens / 32; ++g) {
+    const int t = g * 32 + threadIdx.x % 32, at = item.token + t, page = p.by_page(at);
+    const uint32_t slot = static_cast<uint32_t>(pages[g]) * p.layout.page_size + (at - page * p.layout.page_size);
+    const int begin = static_cast<int>(slot) - t;
+    if (g == 0) first = __shfl_sync(~0u, begin, 0);
+    whole &= g * 32 >= wanted || begin == first;
+  }
+  return __all_sync(~0u, whole) ? first : -1;
+}
+
 // The first item of every CTA, and the pages of its first tokens. A warp's CTAs are neighbours: most differ by the KV
 // head alone.
 __device__ __forceinline__ void write_starts(const ScheduleParams& p, const Shared& s, int wide_ctas, int wide_entries,
@@ -285,6 +304,7 @@ __device__ __forceinline__ void write_starts(const ScheduleParams& p, const Shar
   const int lane = threadIdx.x % 32, per_warp = (p.ctas + kWarps - 1) / kWarps;
   const int begin = threadIdx.x / 32 * per_warp, end = min(begin + per_warp, p.ctas);
   int pages[kStartTokens / 32] = {};
+  int slot = -1;
 #pragma unroll 1
   for (int cta = begin; cta < end; ++cta) {
     const bool wide = cta < wide_ctas;
@@ -294,14 +314,15 @@ __device__ __forceinline__ void write_starts(const ScheduleParams& p, const Shar
       item = s.first[wide ? kWide : kNarrow][entry];
       item.kv_head = index - entry * p.kv_heads;
     }
-    if (lane == 0) p.work.starts[cta] = item;
     if (cta == begin || item.kv_head == 0) {
 #pragma unroll
       for (int g = 0; g < kStartTokens / 32; ++g) {  // all loads before the first use
         const int t = g * 32 + lane, at = item.page + p.by_page(item.token + t);
         pages[g] = t < item.num_tokens ? p.layout.page_indices[min(at, p.layout.page_capacity - 1)] : 0;
       }
+      slot = run_slot(p, item, pages);
     }
+    if (lane == 0) p.work.starts[cta] = item, p.work.start_slots[cta] = slot;
 #pragma unroll
     for (int g = 0; g < kStartTokens / 32; ++g) p.work.start_pages[cta * kStartTokens + g * 32 + lane] = pages[g];
   }
@@ -312,6 +333,7 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(const __grid_constan
   Shared& s = *reinterpret_cast<Shared*>(raw);
   const int tid = threadIdx.x, batch = p.layout.batch;
   for (int i = tid; i < 4 * kQuantities * kCandidates; i += kThreads) (&s.trials[0][0][0])[i] = 0;
+  if (tid < 2) s.large[tid] = 0;
   ptx::grid_dependency_wait();
   int segments = min(max(p.layout.sizes[0], 0), p.layout.segment_capacity);
 #pragma unroll 1
@@ -372,30 +394,40 @@ __global__ void __launch_bounds__(kThreads) schedule_kernel(const __grid_constan
 #pragma unroll 1
   for (int i = 0; i < per_thread; ++i) {
     const int segment = from + i;
-    int count = 0, where = 0, piece = 0;
+    int count = 0, where = 0, piece = 0, large = 0;
+    bool wide = false;
     if (segment < to) {
       const Shape shape = segment_shape(p, s.shapes[segment]);
       const Cut c = s.cuts[segment];
       const int shift = class_shift(shape, c, target);
+      wide = shape.wide;
       count = c.chunks * shape.row_tiles;
       where = static_cast<int>(((shape.wide ? at[kWide] : at[kNarrow]) >> shift) & 0xFFFF);
       at[kWide] += shape.wide ? static_cast<u64>(count) << shift : 0;
       at[kNarrow] += shape.wide ? 0 : static_cast<u64>(count) << shift;
       piece = static_cast<int>(at[2]) - s.ended[shape.row_begin];
       at[2] += c.chunks;
+      large = c.chunk_tiles * p.cost.tile_tokens > kSmallTokens ? where + count : 0;
     }
     write_entries(p, s, segment, count, where, piece);
+#pragma unroll 1
+    for (int list = 0; list < 2; ++list) {
+      const int end = __reduce_max_sync(~0u, wide == (list == kWide) ? large : 0);
+      if (tid % 32 == 0 && end > 0) atomicMax(&s.large[list], end);
+    }
   }
+  __syncthreads();
   const int wide_entries = sum_fields(counts[kWide]), narrow_entries = sum_fields(counts[kNarrow]);
   if (tid == 0) {
     ScheduleHeader& h = *p.work.header;
     h.taken[0] = h.taken[1] = 0;
     h.entries[0] = min(wide_entries, p.work.entry_capacity);
     h.entries[1] = min(narrow_entries, p.work.entry_capacity);
+    h.large[kWide] = s.large[kWide];
+    h.large[kNarrow] = s.large[kNarrow];
     h.wide_ctas = choice.wide_ctas;
     h.overflow = !choice.fits;
   }
-  __syncthreads();
   write_starts(p, s, choice.wide_ctas, wide_entries, narrow_entries);
 }
 

@@ -71,9 +71,9 @@ struct SharedStorage {
   [[no_unique_address]] std::conditional_t<C::kConverts, CachedTiles<C>, None> cached;
   alignas(1024) char q[2][C::kQBytes];
   WorkItem items[C::kRing];
-  int destinations[2][2][kNarrowRows];  // of the q_rows in q, by warpgroup and phase; see kNowhere
-  Scattered<C> scattered[2];            // of the loaders of K and of V
-  int list_items[2], wide_ctas;
+  int destinations[2][2][kNarrowRows];           // of the q_rows in q, by warpgroup and phase; see kNowhere
+  Scattered<C> scattered[2];                     // of the loaders of K and of V
+  int list_items[2], large_items[2], wide_ctas;  // items of the lists; those up to the last large one
   int issued[2];  // ring positions behind the last K and the last V buffer that has begun to be filled
   alignas(8) uint64_t k_full[C::kKBuffers], k_empty[C::kKBuffers], v_full[C::kVBuffers], v_empty[C::kVBuffers],
       q_full[2], q_empty[2], item_full[C::kRing], item_begun[C::kRing], item_empty[C::kRing];

@@ -5,10 +5,10 @@
 namespace flashcore::decode {
 
 // An item is claimed late, when the one before it is nearly loaded: a CTA that is busy for long must not hold work that
-// others could start. Small items are claimed in batches, so that the latency of the counter and of the list is paid
-// once for several.
-constexpr int kBatch = 4;  // items claimed at a time while they are small
-constexpr int kSmallTokens = 256;
+// others could start. Where only small items are left of a list they are claimed in batches, no larger than a CTA's
+// share of them, so that the latency of the counter and of the list is paid once for several. (Behind one small item
+// there may be large ones: a long segment's last chunk can be short.)
+constexpr int kBatch = 4;                        // items claimed at a time, at most
 constexpr int kSmallAhead = 2, kLargeAhead = 0;  // items still to be begun when the next are claimed
 // Warps: K, V and q loaders, the consumers, the converter if there is one.
 template <class C>
@@ -40,6 +40,7 @@ __device__ __forceinline__ void finish_item(SharedStorage<C>& s, Ring<C::kRing>&
 struct Feed {
   int list, ahead;          // list it takes from; items posted and not yet begun
   bool small, other_tried;  // the last item posted is small; the first list is empty
+  int batch;                // items to claim
   uint32_t turn, q_phases;  // warpgroup of the next narrow item; phases of the two q buffers
 };
 
@@ -74,11 +75,26 @@ __device__ __forceinline__ void post(SharedStorage<C>& s, Feed& feed, Ring<C::kR
   feed.q_phases ^= (__popc(of_first) & 1) | (__popc(of_second) & 1) << 1;
 }
 
+// Items of a list that CTAs start with.
+template <class C>
+__device__ __forceinline__ int started_of(const SharedStorage<C>& s, int list) {
+  return list == 0 ? s.wide_ctas : static_cast<int>(gridDim.x) - s.wide_ctas;
+}
+
+// Items to claim when those before `next` are gone.
+template <class C>
+__device__ __forceinline__ int batch_at(const SharedStorage<C>& s, int list, int next) {
+  constexpr int kCtas = 128;  // about as many as there are
+  const int share = (s.list_items[list] - next + kCtas - 1) / kCtas;
+  return next < s.large_items[list] ? 1 : min(max(share, 1), kBatch);
+}
+
 // `start`: the first item of this CTA, fixed by the schedule so that it needs no counter.
 template <class C>
 __device__ __forceinline__ void feed_items(const DecodeParams& p, SharedStorage<C>& s, const WorkItem& start,
                                            int lane) {
-  Feed feed{static_cast<int>(blockIdx.x) < s.wide_ctas ? 0 : 1, 0, false, false, 0, 0};
+  Feed feed{static_cast<int>(blockIdx.x) < s.wide_ctas ? 0 : 1, 0, false, false, 1, 0, 0};
+  feed.batch = batch_at(s, feed.list, started_of(s, feed.list));
   Ring<C::kRing> ring, begun;
   if (start.num_tokens > 0) {
     post<C>(s, feed, ring, 1, make_int4(start.row_begin, start.q_row, start.q_rows, start.page),
@@ -90,11 +106,10 @@ __device__ __forceinline__ void feed_items(const DecodeParams& p, SharedStorage<
       begun.advance();
       --feed.ahead;
     }
-    const int count = feed.small ? kBatch : 1;
+    const int count = feed.batch;
     int first = 0;
     if (lane == 0) {
-      const int started = feed.list == 0 ? s.wide_ctas : static_cast<int>(gridDim.x) - s.wide_ctas;
-      first = started + atomicAdd(&p.work.header->taken[feed.list], count);
+      first = started_of(s, feed.list) + atomicAdd(&p.work.header->taken[feed.list], count);
     }
     first = __shfl_sync(~0u, first, 0);
     const int have = min(max(s.list_items[feed.list] - first, 0), count);
@@ -102,6 +117,7 @@ __device__ __forceinline__ void feed_items(const DecodeParams& p, SharedStorage<
       feed.other_tried = true;
       feed.list ^= 1;
       feed.small = false;  // its items may be large: one at a time
+      feed.batch = 1;
       continue;
     }
     int4 a = make_int4(0, 0, 0, 0), b = a;
@@ -113,6 +129,7 @@ __device__ __forceinline__ void feed_items(const DecodeParams& p, SharedStorage<
       b = src[1];
       b.w += at - entry * p.kv_heads;
     }
+    feed.batch = batch_at(s, feed.list, first + have);
     post<C>(s, feed, ring, have, a, b, lane);
     if (have == 0) break;
   }

@@ -208,6 +208,17 @@ def pools(
     return k, v
 
 
+def work_items(workspace: torch.Tensor, batch: int, segments: int, partials: int, ratio: int) -> torch.Tensor:
+    """[entries, 8] what the schedule has written last (``WorkItem`` in csrc/attention/params.h)."""
+    wide, narrow = workspace[:64].view(torch.int32)[2:4].tolist()
+    at = 0
+    for size in (64, 16 * batch, 32 * 256, 4 * 256, 4 * 256 * 256, 128 * 256 * 2 * 2):  # what comes before them
+        at += -(-size // 256) * 256
+    capacity = segments + 2048 + partials * ratio // 64
+    items = workspace[at : at + 32 * capacity].view(torch.int32).view(capacity, 8)
+    return torch.cat([items[:wide], items[capacity - narrow :].flip(0)]).cpu()
+
+
 class Decode:
     """The kernels on one layout."""
 
@@ -249,15 +260,9 @@ class Decode:
         self.workspace = torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda")
 
     def work_items(self) -> torch.Tensor:
-        """[entries, 8] what the schedule has written last (``WorkItem`` in csrc/attention/params.h)."""
         torch.cuda.synchronize()
-        wide, narrow = self.workspace[:64].view(torch.int32)[2:4].tolist()
-        at, batch = 0, self.row_order.numel()
-        for size in (64, 16 * batch, 32 * 256, 4 * 256 * 256, 128 * 256 * 2 * 2):  # what comes before them
-            at += -(-size // 256) * 256
-        capacity = self.segments + 2048 + self.partials * (self.heads // self.kv_heads) // 64
-        items = self.workspace[at : at + 32 * capacity].view(torch.int32).view(capacity, 8)
-        return torch.cat([items[:wide], items[capacity - narrow :].flip(0)]).cpu()
+        ratio = self.heads // self.kv_heads
+        return work_items(self.workspace, self.row_order.numel(), self.segments, self.partials, ratio)
 
     def schedule(self) -> None:
         self.library.decode_schedule(

@@ -19,6 +19,7 @@ import torch
 from emulator import library
 from emulator.pager import HostPager
 from gpu import extend_cases
+from gpu.decode_cases import work_items
 from gpu.extend_cases import Batch, Extend, assert_accurate, batch, exact, pools, tree_mask
 from gpu.fp8_cases import E4M3, assert_close_to, e4m3_pools
 
@@ -67,6 +68,7 @@ PREFIX = ((256, ((0, 8), (30, 50), (5, 1))), (0, ((200, 150), (0, 60))))
 FEW = ((0, ((2500, 50), (2300, 40))),)
 EVEN = ((0, ((2200, 8), (2100, 30)) * 7),)
 ONES = ((256, ((5, 1),) * 20), (0, ((700, 1), (33, 1))))
+LONG = ((0, ((3000, 1), *((40, 1),) * 9)),)
 CASES = {
     "one prompt": Case(((0, ((0, 200),)),), 1),
     "a long prompt": Case(((0, ((0, 700),)),), 2, 2),
@@ -101,6 +103,9 @@ DECODE_CASES = {
     "decode, interleaved": Case(ONES, 7, order="interleaved", sinks=True, spread=1.0),
     "decode, permuted": Case(ONES, 8, 2, order="permuted", logit_cap=20.0),
     "decode, many tiles": Case(((0, ((900, 1), (500, 1), (1100, 1), (700, 1))),), 8, 2, multiprocessors=1),
+    "decode, long and short": Case(((0, ((3000, 1), (1700, 1), *((40, 1),) * 9)),), multiprocessors=2),
+    "decode, many pieces": Case(LONG, multiprocessors=24, sinks=True, spread=1.0),
+    "decode, many pieces, 63 heads on one": Case(LONG, 63, multiprocessors=24),
     "decode, pages of 16": Case(((256, ((5, 1),) * 20), (0, ((700, 1),))), page_size=16, order="permuted"),
     "decode, 64 heads on one": Case(ONES, 64),
     "decode, 20 heads on one": Case(ONES, 20),
@@ -212,6 +217,21 @@ def test_decode_is_exact_however_its_warps_interleave(name: str, order: int, asy
         assert_close_to(want, out)
     else:
         assert_accurate(out, want)
+
+
+def test_only_small_items_lie_behind_the_large_ones() -> None:
+    case = DECODE_CASES["decode, long and short"]
+    d, *_ = prepared_decode("decode, long and short")
+    configure(case, 0, 0, 0)
+    d._workspace.zero_()
+    d.plan()
+    words = d._workspace[:64].view(torch.int32).tolist()
+    items = work_items(d._workspace, d.num_tokens, d._segments, d._partials, case.heads // case.kv_heads)
+    wide, large = words[2], words[6]  # ScheduleHeader
+    assert not wide
+    assert 0 < large < len(items)
+    assert items[large - 1, 5] > 256
+    assert items[large:, 5].max() <= 256
 
 
 @pytest.mark.parametrize("exponent", [-math.inf, -60, 100])
