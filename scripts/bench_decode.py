@@ -80,6 +80,11 @@ class Case:
         return FLASHINFER_LEAST if big and order == "runs" else 0.0
 
 
+def spread_lens(count: int, low: int, high: int) -> tuple[int, ...]:
+    """Lengths whose logarithms are spread evenly, in no order; the first is ``high``."""
+    return tuple(round(high * (low / high) ** (i * 0.6180339887 % 1)) for i in range(count))
+
+
 CASES = (
     Case("shared 16: 8192 + 512", ((1, 8192), (16, 512)), 2.5),
     Case("shared 64: 8192 + 512", ((1, 8192), (64, 512)), 4.5),
@@ -96,6 +101,9 @@ CASES = (
     Case("dense 64 x 8192", ((64, 8192),), PARITY),
     Case("dense 8 x 32768", ((8, 32768),), PARITY),
     Case("skewed 1 x 131072 + 31 x 4096", ((32, 131072),), PARITY, (131072, *[4096] * 31)),
+    Case("mixed 8: 300 to 40000", ((8, 40000),), PARITY, (40000, 20000, 10000, 5000, 2500, 1200, 600, 300)),
+    Case("mixed 64: 128 to 8192", ((64, 8192),), PARITY, spread_lens(64, 128, 8192)),
+    Case("mixed 256: 128 to 4096", ((256, 4096),), PARITY, spread_lens(256, 128, 4096)),
     Case("tree 1,4,64", ((1, 1024), (4, 512), (64, 256)), 2.0),
     Case("tree 1,2,64", ((1, 1024), (2, 256), (64, 256)), 2.0),
     Case("tree 1,16,256", ((1, 4096), (16, 512), (256, 128)), 2.0),
