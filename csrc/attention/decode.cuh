@@ -16,8 +16,9 @@
 //                    every tile. Narrow item: one of them, in turn, so that an epilogue overlaps the other's products.
 //   warps 12-15      over an e4m3 cache: converter (converter.cuh). The loaders bring e4m3 tiles, it makes fp16 tiles
 //                    of them, exactly, and the consumers do as ever: q as fp16, scales on scores and results.
-// A CTA starts with an item that the schedule has set aside for it, and takes from the wide or the narrow list
-// (header.wide_ctas), then from the other one: compute-bound and memory-bound items run beside each other.
+// A CTA starts with an item that the schedule has set aside for it (its first two tiles may set out before all else),
+// and takes from the wide or the narrow list (header.wide_ctas), then from the other one: compute-bound and
+// memory-bound items run beside each other.
 //
 // Narrow items use the same M = 64 tiles with most rows empty; warps without rows leave out the softmax. A 128-token
 // tile costs a warpgroup about 1 us, its loading 2.8 us at 1/132 of the bandwidth.

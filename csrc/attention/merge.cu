@@ -2,9 +2,10 @@
 //
 //   M = max lse2_i,  w_i = exp2(lse2_i - M),  out = sum w_i O_i / (sum w_i + exp2(sink * log2(e) - M))
 //
-// in an order fixed by the number of pieces, so that two runs agree bitwise. Rows without tokens get zeros; rows with
-// one piece were written by decode. Bound by the latency of its loads: so where rows are few, and a row may have many
-// pieces, several warps share those of a (row, head). Also resets the work-list counters for the next layer.
+// in an order fixed by the numbers of pieces and of rows, so that two runs agree bitwise. Rows without tokens get
+// zeros; rows with one piece were written by decode. Bound by the latency of its loads: so where rows are few, and a
+// row may have many pieces, several warps share those of a (row, head). Also resets the work-list counters for the next
+// layer.
 #include <algorithm>
 #include <type_traits>
 
@@ -160,7 +161,7 @@ void launch(const MergeParams& p, cudaStream_t stream) {
 // As many warps for a (row, head) as the card holds at a time.
 template <typename T, int kPer>
 void launch(const MergeParams& p, cudaStream_t stream) {
-  constexpr int kResident = 132 * 32;  // warps, by registers
+  constexpr int kResident = 132 * 32;  // warps, about, by registers
   const int rows = p.batch * p.heads;
   rows * 8 <= kResident   ? launch<T, kPer, 8>(p, stream)
   : rows * 2 <= kResident ? launch<T, kPer, 2>(p, stream)

@@ -15,7 +15,7 @@ constexpr int kNarrowRows = 64;  // q_rows of one consumer warpgroup; a wide ite
 constexpr int kWideRows = 128;
 constexpr int kMinEntries = 2048;
 constexpr int kMaxCtas = 256;
-constexpr int kSmallTokens = 256;                     // of an item that is claimed with others behind it
+constexpr int kSmallTokens = 256;                     // of a small item; see ScheduleHeader::large
 constexpr int kStartTokens = 256;                     // whose pages are looked up for a CTA beforehand
 constexpr int kMaxBatch = 4096, kMaxSegments = 4096;  // that a step can have
 constexpr int kMaxPageSize = 1 << 20;

@@ -345,8 +345,8 @@ __device__ __forceinline__ void load_tile(const DecodeParams& p, const TensorMap
 
 // K or V of all items. Tiles go out in blocks of two, whose page indices were loaded during the block before. During
 // the last block of an item the next item is looked up, as soon as it is posted. Of the CTA's start item, if it has
-// one: `slots`, see Workspace; `ahead`, pages. Two tiles whose slots are known set out before anything else: the way to
-// the loop below takes 1 us where the code is cold.
+// one: `slot`, see Workspace::start_slots; `ahead`, pages. Two tiles whose slots are known set out before anything
+// else, as the way to the loop below takes 1 us; but not before many q_rows, which would come behind those of all CTAs.
 template <class C>
 __device__ __forceinline__ void load_kv(const DecodeParams& p, const TensorMaps& maps, SharedStorage<C>& s,
                                         Buffers<C> b, const WorkItem& start, int slot, Pages<C> ahead) {
@@ -363,7 +363,9 @@ __device__ __forceinline__ void load_kv(const DecodeParams& p, const TensorMaps&
   if (few && start.num_tokens >= 2 * C::kTile && slot >= 0 && slot <= p.num_slots - 2 * C::kTile) {
 #pragma unroll 1
     for (; from < 2 * C::kTile; from += C::kTile) {
-      load_box<C>(b, next_buffer<C>(b, false), slot + from, start.kv_head, ptx::thread_id() % 32);
+      const uint2 to = next_buffer<C>(b, false);
+      __syncwarp();  // all lanes have seen it free, before who reads it can free it again
+      load_box<C>(b, to, slot + from, start.kv_head, ptx::thread_id() % 32);
       publish(from == 0);
     }
   }

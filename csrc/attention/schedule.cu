@@ -285,16 +285,15 @@ __device__ __forceinline__ int run_slot(const ScheduleParams& p, const WorkItem&
                                         const int (&pages)[kStartTokens / 32]) {
   const int wanted = 2 * p.cost.tile_tokens;
   bool whole = item.num_tokens >= wanted;
-  int first = 0;
+  uint32_t first = 0;
 #pragma unroll
   for (int g = 0; g < kStartTokens / 32; ++g) {
     const int t = g * 32 + threadIdx.x % 32, at = item.token + t, page = p.by_page(at);
     const uint32_t slot = static_cast<uint32_t>(pages[g]) * p.layout.page_size + (at - page * p.layout.page_size);
-    const int begin = static_cast<int>(slot) - t;
-    if (g == 0) first = __shfl_sync(~0u, begin, 0);
-    whole &= g * 32 >= wanted || begin == first;
+    if (g == 0) first = __shfl_sync(~0u, slot, 0);
+    whole &= g * 32 >= wanted || (pages[g] >= 0 && slot - t == first);
   }
-  return __all_sync(~0u, whole) ? first : -1;
+  return __all_sync(~0u, whole) ? static_cast<int>(first) : -1;
 }
 
 // The first item of every CTA, and the pages of its first tokens. A warp's CTAs are neighbours: most differ by the KV

@@ -5,8 +5,8 @@
 namespace flashcore::decode {
 
 // An item is claimed late, when the one before it is nearly loaded: a CTA that is busy for long must not hold work that
-// others could start. Where only small items are left of a list they are claimed in batches, no larger than a CTA's
-// share of them, so that the latency of the counter and of the list is paid once for several. (Behind one small item
+// others could start. Where only small items are left of a list they are claimed in batches, about a CTA's share of
+// them at most, so that the latency of the counter and of the list is paid once for several. (Behind one small item
 // there may be large ones: a long segment's last chunk can be short.)
 constexpr int kBatch = 4;                        // items claimed at a time, at most
 constexpr int kSmallAhead = 2, kLargeAhead = 0;  // items still to be begun when the next are claimed

@@ -7,6 +7,7 @@ FLASHCORE_EMULATED_SEEDS=20 python -m pytest tests/unit/test_emulated_kernels.py
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import os
@@ -68,6 +69,7 @@ PREFIX = ((256, ((0, 8), (30, 50), (5, 1))), (0, ((200, 150), (0, 60))))
 FEW = ((0, ((2500, 50), (2300, 40))),)
 EVEN = ((0, ((2200, 8), (2100, 30)) * 7),)
 ONES = ((256, ((5, 1),) * 20), (0, ((700, 1), (33, 1))))
+EARLY = ((0, ((1500, 1), (900, 1), (256, 1), (257, 1))),)  # in runs, of few q_rows: their first tiles set out early
 LONG = ((0, ((3000, 1), *((40, 1),) * 9)),)
 CASES = {
     "one prompt": Case(((0, ((0, 200),)),), 1),
@@ -103,6 +105,14 @@ DECODE_CASES = {
     "decode, interleaved": Case(ONES, 7, order="interleaved", sinks=True, spread=1.0),
     "decode, permuted": Case(ONES, 8, 2, order="permuted", logit_cap=20.0),
     "decode, many tiles": Case(((0, ((900, 1), (500, 1), (1100, 1), (700, 1))),), 8, 2, multiprocessors=1),
+    "decode, early tiles": Case(EARLY, multiprocessors=3),
+    "decode, d 64, early tiles": Case(EARLY, head_dim=64, multiprocessors=3),
+    "decode, d 256, early tiles": Case(EARLY, head_dim=256, multiprocessors=3),
+    "decode, pages of 16, early tiles": Case(EARLY, 8, 2, page_size=16, multiprocessors=5),
+    "decode, e4m3, early tiles": Case(EARLY, e4m3=True, multiprocessors=3),
+    "decode, e4m3, d 64, early tiles": Case(EARLY, head_dim=64, e4m3=True, multiprocessors=3),
+    "decode, e4m3, d 256, early tiles": Case(EARLY, head_dim=256, e4m3=True, multiprocessors=3),
+    "decode, e4m3, two requests": Case(((0, ((1500, 1), (900, 1))),), e4m3=True, multiprocessors=2),
     "decode, long and short": Case(((0, ((3000, 1), (1700, 1), *((40, 1),) * 9)),), multiprocessors=2),
     "decode, many pieces": Case(LONG, multiprocessors=24, sinks=True, spread=1.0),
     "decode, many pieces, 63 heads on one": Case(LONG, 63, multiprocessors=24),
@@ -217,6 +227,51 @@ def test_decode_is_exact_however_its_warps_interleave(name: str, order: int, asy
         assert_close_to(want, out)
     else:
         assert_accurate(out, want)
+
+
+@pytest.mark.parametrize("seed", [108, *range(8)])
+def test_no_lane_waits_for_an_early_tile_that_has_come_and_gone(seed: int) -> None:
+    d, (q, k, v), options, want = prepared_decode("decode, e4m3, two requests")
+    configure(DECODE_CASES["decode, e4m3, two requests"], 3, 0, seed)
+    d._workspace.zero_()
+    d.plan()
+    assert_close_to(want, d.attend(q, k, v, torch.full_like(q, torch.nan), **options))
+
+
+@pytest.mark.parametrize("cut", [32, 128, 160, 224])
+def test_first_tiles_that_are_no_run_are_looked_up(cut: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    d, (q, k, v), options, want = prepared_decode("decode, early tiles")
+    configure(DECODE_CASES["decode, early tiles"], 0, 0, 0)
+    table = d._layout.table.clone()  # the order of a request's tokens does not matter
+    table[cut : cut + 128], table[512:640] = table[512:640].clone(), table[cut : cut + 128].clone()
+    monkeypatch.setattr(d, "_layout", dataclasses.replace(d._layout, table=table))
+    d._workspace.zero_()
+    d.plan()
+    assert_accurate(d.attend(q, k, v, torch.full_like(q, torch.nan), **options), want)
+
+
+@pytest.mark.parametrize(
+    "first, past_end",
+    [(-(2**31), False), (-200, False), (-1, False), (-130, True), (5, True), (2**30, False), (2**31 - 257, False)],
+)
+def test_first_tiles_outside_the_pool_are_its_last_slot(
+    first: int, past_end: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    d, (q, k, v), options, _ = prepared_decode("decode, early tiles")
+    configure(DECODE_CASES["decode, early tiles"], 0, 0, 0)
+    outs = []
+    for clamped in (False, True):
+        table = d._layout.table.clone()
+        table[:256] = first + past_end * len(k) + torch.arange(256)
+        if clamped:
+            table[(table < 0) | (table >= len(k))] = len(k) - 1
+        with monkeypatch.context() as patch:
+            patch.setattr(d, "_layout", dataclasses.replace(d._layout, table=table))
+            d._workspace.zero_()
+            d.plan()
+            outs.append(d.attend(q, k.nan_to_num(), v.nan_to_num(), torch.full_like(q, torch.nan), **options))
+    assert outs[0].isfinite().all()
+    assert torch.equal(*outs)
 
 
 def test_only_small_items_lie_behind_the_large_ones() -> None:
