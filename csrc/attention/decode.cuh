@@ -82,7 +82,10 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   int slot = -1;
   if (warp < 3) {
     start = load_item(p.work.starts + blockIdx.x);
-    if (warp > 0) slot = __ldg(p.work.start_slots + blockIdx.x), pages = load_start_pages<C>(p, lane);
+    if (warp > 0) {
+      slot = __ldg(p.work.start_slots + blockIdx.x);
+      pages = load_start_pages<C>(p, lane);
+    }
   }
   if (threadIdx.x >= 96 && threadIdx.x < 98) {
     const int list = threadIdx.x - 96;

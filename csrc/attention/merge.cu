@@ -33,6 +33,11 @@ struct Sum {
   float out[kPer], total, best;
 };
 
+// What sums relative to `from` are to be multiplied with to be relative to `to`, which is no less. Both may be -inf.
+__device__ __forceinline__ float rescale_of(float from, float to) {
+  return from == to ? 1.f : ptx::exp2_approx(from - to);
+}
+
 // Adds up to 32 pieces from `slot` on, in order. The first outputs are asked for beside the weights, which take two
 // loads' time otherwise.
 template <int kPer>
@@ -55,7 +60,7 @@ __device__ __forceinline__ void add_pieces(const MergeParams& p, Sum<kPer>& sum,
 #pragma unroll
   for (int i = 16; i > 0; i /= 2) best = fmaxf(best, __shfl_xor_sync(~0u, best, i));
   best = fmaxf(best, sum.best);
-  const float rescale = sum.best == best ? 1.f : ptx::exp2_approx(sum.best - best);
+  const float rescale = rescale_of(sum.best, best);
 #pragma unroll
   for (int i = 0; i < kPer; ++i) sum.out[i] *= rescale;
   sum.total *= rescale;
@@ -98,7 +103,7 @@ struct Parts {
 #pragma unroll
     for (int w = 0; w < kSplit; ++w) {
       const float2 head = heads[warp + w];
-      const float rescale = head.x == sum.best ? 1.f : ptx::exp2_approx(head.x - sum.best);
+      const float rescale = rescale_of(head.x, sum.best);
       sum.total = fmaf(rescale, head.y, sum.total);
 #pragma unroll
       for (int i = 0; i < kPer; ++i) sum.out[i] = fmaf(rescale, out[warp + w][lane][i], sum.out[i]);
@@ -163,9 +168,13 @@ template <typename T, int kPer>
 void launch(const MergeParams& p, cudaStream_t stream) {
   constexpr int kResident = 132 * 32;  // warps, about, by registers
   const int rows = p.batch * p.heads;
-  rows * 8 <= kResident   ? launch<T, kPer, 8>(p, stream)
-  : rows * 2 <= kResident ? launch<T, kPer, 2>(p, stream)
-                          : launch<T, kPer, 1>(p, stream);
+  if (rows * 8 <= kResident) {
+    launch<T, kPer, 8>(p, stream);
+  } else if (rows * 2 <= kResident) {
+    launch<T, kPer, 2>(p, stream);
+  } else {
+    launch<T, kPer, 1>(p, stream);
+  }
 }
 
 template <typename T>

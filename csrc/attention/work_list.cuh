@@ -93,8 +93,8 @@ __device__ __forceinline__ int batch_at(const SharedStorage<C>& s, int list, int
 template <class C>
 __device__ __forceinline__ void feed_items(const DecodeParams& p, SharedStorage<C>& s, const WorkItem& start,
                                            int lane) {
-  Feed feed{static_cast<int>(blockIdx.x) < s.wide_ctas ? 0 : 1, 0, false, false, 1, 0, 0};
-  feed.batch = batch_at(s, feed.list, started_of(s, feed.list));
+  const int list = static_cast<int>(blockIdx.x) < s.wide_ctas ? 0 : 1;
+  Feed feed{list, 0, false, false, batch_at(s, list, started_of(s, list)), 0, 0};
   Ring<C::kRing> ring, begun;
   if (start.num_tokens > 0) {
     post<C>(s, feed, ring, 1, make_int4(start.row_begin, start.q_row, start.q_rows, start.page),

@@ -192,6 +192,13 @@ def prepared_decode(name: str) -> tuple[GpuDecode, list[torch.Tensor], dict[str,
     return d, tensors, options, want
 
 
+def planned_attend(d: GpuDecode, q: torch.Tensor, *pools: torch.Tensor, **options: Any) -> torch.Tensor:
+    """Schedule and attention, with nothing left of a run before."""
+    d._workspace.zero_()
+    d.plan()
+    return d.attend(q, *pools, torch.full_like(q, torch.nan), **options)
+
+
 def configure(case: Case, order: int, asynchrony: int, seed: int) -> None:
     library.library().emulator_configure(seed, order, asynchrony, case.multiprocessors)
 
@@ -220,9 +227,7 @@ def test_decode_is_exact_however_its_warps_interleave(name: str, order: int, asy
     case = DECODE_CASES[name]
     d, (q, k, v), options, want = prepared_decode(name)
     configure(case, order, asynchrony, seed)
-    d._workspace.zero_()
-    d.plan()
-    out = d.attend(q, k, v, torch.full_like(q, torch.nan), **options)
+    out = planned_attend(d, q, k, v, **options)
     if case.e4m3:
         assert_close_to(want, out)
     else:
@@ -233,9 +238,7 @@ def test_decode_is_exact_however_its_warps_interleave(name: str, order: int, asy
 def test_no_lane_waits_for_an_early_tile_that_has_come_and_gone(seed: int) -> None:
     d, (q, k, v), options, want = prepared_decode("decode, e4m3, two requests")
     configure(DECODE_CASES["decode, e4m3, two requests"], 3, 0, seed)
-    d._workspace.zero_()
-    d.plan()
-    assert_close_to(want, d.attend(q, k, v, torch.full_like(q, torch.nan), **options))
+    assert_close_to(want, planned_attend(d, q, k, v, **options))
 
 
 @pytest.mark.parametrize("cut", [32, 128, 160, 224])
@@ -245,9 +248,7 @@ def test_first_tiles_that_are_no_run_are_looked_up(cut: int, monkeypatch: pytest
     table = d._layout.table.clone()  # the order of a request's tokens does not matter
     table[cut : cut + 128], table[512:640] = table[512:640].clone(), table[cut : cut + 128].clone()
     monkeypatch.setattr(d, "_layout", dataclasses.replace(d._layout, table=table))
-    d._workspace.zero_()
-    d.plan()
-    assert_accurate(d.attend(q, k, v, torch.full_like(q, torch.nan), **options), want)
+    assert_accurate(planned_attend(d, q, k, v, **options), want)
 
 
 @pytest.mark.parametrize(
@@ -267,9 +268,7 @@ def test_first_tiles_outside_the_pool_are_its_last_slot(
             table[(table < 0) | (table >= len(k))] = len(k) - 1
         with monkeypatch.context() as patch:
             patch.setattr(d, "_layout", dataclasses.replace(d._layout, table=table))
-            d._workspace.zero_()
-            d.plan()
-            outs.append(d.attend(q, k.nan_to_num(), v.nan_to_num(), torch.full_like(q, torch.nan), **options))
+            outs.append(planned_attend(d, q, k.nan_to_num(), v.nan_to_num(), **options))
     assert outs[0].isfinite().all()
     assert torch.equal(*outs)
 
